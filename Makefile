@@ -1,0 +1,48 @@
+# Everything here sets itself up: on a machine with Python 3.11 or 3.12, git and make, `make train` is enough.
+
+PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3)
+RECIPE ?= recipes/moepp.yaml
+DATA   ?=
+PROMPT ?=
+ARGS   ?=
+
+VENV  := .venv
+MOEPP := $(VENV)/bin/moepp
+DATA_ARG := $(if $(DATA),--data.path='$(DATA)')
+
+.DEFAULT_GOAL := help
+.PHONY: help setup data train resume generate test lint
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo '  RECIPE=recipes/vanilla.yaml   what to train (default $(RECIPE))'
+	@echo '  DATA=my.txt                   your own text: a file, a folder, hf:owner/name'
+	@echo '  ARGS="--model.moe.tau=0.5"    passed on as it is'
+
+setup: $(VENV)/.done ## make .venv and install what is needed, once
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+data: setup ## text → tokenizer → token files (a second call does nothing)
+	$(MOEPP) prepare '$(or $(DATA),data/corpus.yaml)' $(ARGS)
+
+train: setup ## train RECIPE on DATA
+	$(MOEPP) fit --config $(RECIPE) $(DATA_ARG) $(ARGS)
+
+resume: setup ## continue the newest run of RECIPE
+	$(MOEPP) fit --config $(RECIPE) $(DATA_ARG) --ckpt_path last $(ARGS)
+
+generate: setup ## PROMPT="…": text from the newest checkpoint
+	@$(MOEPP) generate --prompt "$(PROMPT)" $(ARGS)
+
+test: setup ## the test suite
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: setup ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy

@@ -1,0 +1,54 @@
+"""Verbs → code. Nothing heavy is imported before a verb needs it."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+VERBS = {  # verb: (module, function of (verb, arguments), what it does)
+    "fit": ("moepp.training.lightning_cli", "run", "train: moepp fit --config recipes/moepp.yaml"),
+    "validate": ("moepp.training.lightning_cli", "run", "validation loss of a checkpoint"),
+    "test": ("moepp.training.lightning_cli", "run", "the same on all held-out text"),
+    "prepare": ("moepp.training.commands", "run", "text → tokenizer → token files"),
+    "generate": ("moepp.training.commands", "run", "text from a checkpoint"),
+    "import": ("moepp.training.commands", "run", "a released (Hugging Face) folder → a checkpoint"),
+    "export": ("moepp.training.commands", "run", "a checkpoint → a released (Hugging Face) folder"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Returns the exit code: 0, or 2 after one line that names what was wrong with the input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    verb, *rest = arguments
+    if verb == "--version":
+        from moepp import __version__
+
+        print(f"moepp {__version__}")
+        return 0
+    if verb not in VERBS:
+        return fail(f"unknown verb {verb!r}: use one of {', '.join(VERBS)}")
+    from moepp.model.errors import InputError
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    module, function, _ = VERBS[verb]
+    try:
+        getattr(importlib.import_module(module), function)(verb, rest)
+    except InputError as error:
+        return fail(f"{verb}: {error}")
+    except KeyboardInterrupt:
+        print(f"moepp {verb}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def usage() -> str:
+    verbs = "\n".join(f"  {verb:<10}{what}" for verb, (_, _, what) in VERBS.items())
+    return f"usage: moepp VERB [OPTIONS]\n\n{verbs}\n\n`moepp VERB --help` lists the options of one."
+
+
+def fail(message: str) -> int:
+    print("moepp " + " ".join(message.split()), file=sys.stderr)
+    return 2

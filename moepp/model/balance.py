@@ -1,0 +1,49 @@
+"""Heterogeneous load balance: the loss that spreads tokens over experts, and the capacity that caps them.
+
+T tokens, E experts, K choices a token, A = T·K assignments.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from moepp.model.config import MoEConfig
+
+
+def count_assignments(experts_TK: Tensor, n_experts: int) -> Tensor:
+    """(E,) int64: how many tokens chose each expert. Deterministic, and without a host sync on CUDA."""
+    one_hot = experts_TK.flatten()[:, None] == torch.arange(n_experts, device=experts_TK.device)
+    return one_hot.sum(0)
+
+
+def load_balance_loss(probs_TE: Tensor, experts_TK: Tensor, moe: MoEConfig) -> Tensor:
+    """L_b = Σ_i η_i f_i P_i with η = 1 for FFN experts and τ for the others (equation 7).
+
+    f_i, the share of tokens that chose expert i, is counted before any capacity and carries no gradient;
+    P_i is the mean probability of expert i. Returns a scalar.
+    """
+    f_E = count_assignments(experts_TK, moe.n_experts).to(probs_TE.dtype) / len(experts_TK)
+    P_E = probs_TE.mean(0)
+    eta_E = torch.full_like(P_E, moe.tau)
+    eta_E[moe.kinds["ffn"]] = 1.0
+    return (eta_E * f_E * P_E).sum()
+
+
+def within_capacity(experts_BSK: Tensor, moe: MoEConfig) -> Tensor:
+    """(B, S, K) bool: which assignments their expert still has room for (equation 8).
+
+    Served in the order of positions, over all sequences of the batch at once: what a token is granted never
+    depends on later tokens, so the model stays causal.
+    """
+    B, S, K = experts_BSK.shape
+    ffn, zero_computation = (math.floor(capacity) for capacity in moe.capacities(B * S))
+    experts_A = experts_BSK.transpose(0, 1).reshape(-1)  # position first
+    order_A = experts_A.argsort(stable=True)  # by expert, within an expert by position
+    count_E = count_assignments(experts_A[:, None], moe.n_experts)
+    first_E = count_E.cumsum(0) - count_E
+    rank_A = torch.empty_like(order_A)
+    rank_A[order_A] = torch.arange(len(order_A), device=order_A.device) - first_E[experts_A[order_A]]
+    capacity_E = torch.full_like(count_E, zero_computation)
+    capacity_E[moe.kinds["ffn"]] = ffn
+    return (rank_A < capacity_E[experts_A]).view(S, B, K).transpose(0, 1)

@@ -1,0 +1,182 @@
+"""What a model is: two validated dataclasses."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moepp.model.errors import InputError
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """One MoE++ layer's experts, router and balance (DESIGN §2; the paper's §3).
+
+    Experts are ordered FFN, constant, copy, zero. Vanilla MoE is `n_zero = n_copy = n_const = 0` with
+    `gating_residual = False`.
+
+    Args:
+        n_ffn: FFN (SwiGLU) experts, N_FFN.
+        n_zero: zero experts, output 0.
+        n_copy: copy experts, output x.
+        n_const: constant experts, output a1·x + a2·v.
+        top_k: experts chosen per token, K.
+        tau: τ > 0. The smaller, the more tokens go to zero-computation experts (equations 7 and 8).
+        balance_weight: β, the weight of the load-balance loss.
+        capacity_factor: γ > 0 of the heterogeneous capacity (equation 8); null is dropless.
+        gating_residual: add the previous layer's logits, mapped by an E×E matrix, to this layer's (equation 6).
+        router_depth: 1 for a linear router, 2 for linear, tanh, linear with a hidden width of 8·E.
+        scale_expert_input: released checkpoints only: experts (not the router) receive x times this.
+        logits_norm_std: released checkpoints only: scale logits to this standard deviation before the softmax.
+        renormalize_without_zero: False, in some released checkpoints only, leaves the zero experts' gates in
+            the sum that gates are divided by.
+    """
+
+    n_ffn: int = 8
+    n_zero: int = 1
+    n_copy: int = 1
+    n_const: int = 2
+    top_k: int = 2
+    tau: float = 0.75
+    balance_weight: float = 0.01
+    capacity_factor: float | None = None
+    gating_residual: bool = True
+    router_depth: Literal[1, 2] = 1
+    scale_expert_input: float = 1.0
+    logits_norm_std: float | None = None
+    renormalize_without_zero: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.n_ffn >= 1, "moe.n_ffn", self.n_ffn, "must be at least 1")
+        for name in ("n_zero", "n_copy", "n_const"):
+            require(getattr(self, name) >= 0, f"moe.{name}", getattr(self, name), "must not be negative")
+        require(self.top_k >= 1, "moe.top_k", self.top_k, "must be at least 1")
+        require(
+            self.top_k <= self.n_experts,
+            "moe.top_k",
+            self.top_k,
+            f"must not exceed the {self.n_experts} experts",
+        )
+        require(self.tau > 0, "moe.tau", self.tau, "must be positive")
+        require(self.balance_weight >= 0, "moe.balance_weight", self.balance_weight, "must not be negative")
+        if self.capacity_factor is not None:
+            require(
+                self.capacity_factor > 0,
+                "moe.capacity_factor",
+                self.capacity_factor,
+                "must be positive, or null for no limit",
+            )
+        require(self.router_depth in (1, 2), "moe.router_depth", self.router_depth, "must be 1 or 2")
+        if self.logits_norm_std is not None:
+            require(self.logits_norm_std > 0, "moe.logits_norm_std", self.logits_norm_std, "must be positive")
+
+    @property
+    def n_zero_computation(self) -> int:
+        """N_ZC."""
+        return self.n_const + self.n_copy + self.n_zero
+
+    @property
+    def n_experts(self) -> int:
+        """E."""
+        return self.n_ffn + self.n_zero_computation
+
+    @property
+    def kinds(self) -> dict[str, slice]:
+        """Where each kind of expert stands among the E."""
+        const, copy = self.n_ffn + self.n_const, self.n_ffn + self.n_const + self.n_copy
+        return {
+            "ffn": slice(0, self.n_ffn),
+            "const": slice(self.n_ffn, const),
+            "copy": slice(const, copy),
+            "zero": slice(copy, self.n_experts),
+        }
+
+    @property
+    def ffn_share(self) -> float:
+        """Share of all assignments that FFN experts take at balance: τ·N_FFN / (τ·N_FFN + N_ZC)."""
+        return self.tau * self.n_ffn / (self.tau * self.n_ffn + self.n_zero_computation)
+
+    def capacities(self, n_tokens: int) -> tuple[float, float]:
+        """Assignments that one FFN and one zero-computation expert may take out of `n_tokens` · K (equation 8)."""
+        if self.capacity_factor is None:
+            raise InputError("moe.capacity_factor: is null, so there is no capacity")
+        per_expert = (
+            self.capacity_factor * n_tokens * self.top_k / (self.tau * self.n_ffn + self.n_zero_computation)
+        )
+        return self.tau * per_expert, per_expert
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """A decoder-only transformer with an MoE++ layer in every block.
+
+    Args:
+        vocab_size: tokens in the vocabulary, V.
+        n_layers: blocks, L.
+        hidden_size: width of the residual stream, D.
+        intermediate_size: hidden width of one SwiGLU FFN expert, H.
+        n_heads: attention heads.
+        n_kv_heads: key/value heads for grouped-query attention; null means `n_heads`.
+        context_length: longest sequence in tokens.
+        rope_theta: base of the rotary position embedding.
+        norm_eps: ε of RMSNorm.
+        tie_embeddings: the output head shares the embedding's weight.
+        init_std: standard deviation of the initial weights (see init.py).
+    """
+
+    vocab_size: int = 8192
+    n_layers: int = 4
+    hidden_size: int = 256
+    intermediate_size: int = 688
+    n_heads: int = 4
+    n_kv_heads: int | None = None
+    context_length: int = 256
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        sizes = (
+            "vocab_size",
+            "n_layers",
+            "hidden_size",
+            "intermediate_size",
+            "n_heads",
+            "kv_heads",
+            "context_length",
+        )
+        for name in sizes:
+            require(getattr(self, name) >= 1, f"transformer.{name}", getattr(self, name), "must be at least 1")
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            require(getattr(self, name) > 0, f"transformer.{name}", getattr(self, name), "must be positive")
+        require(
+            self.hidden_size % self.n_heads == 0,
+            "transformer.n_heads",
+            self.n_heads,
+            f"must divide hidden_size={self.hidden_size}",
+        )
+        require(
+            self.head_dim % 2 == 0,
+            "transformer.n_heads",
+            self.n_heads,
+            f"must leave an even head size for RoPE, not {self.head_dim}",
+        )
+        require(
+            self.n_heads % self.kv_heads == 0,
+            "transformer.n_kv_heads",
+            self.kv_heads,
+            f"must divide n_heads={self.n_heads}",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+
+def require(ok: bool, name: str, value: object, rule: str) -> None:
+    """Raise an InputError that names the key, the rule and the value, unless `ok`."""
+    if not ok:
+        raise InputError(f"{name}: {rule}, got {value}")

@@ -1,0 +1,39 @@
+"""Every initial weight of the model, in one place.
+
+| parameter                                      | distribution                                   |
+|------------------------------------------------|------------------------------------------------|
+| RMSNorm gains                                  | 1                                              |
+| what writes to the residual stream             | N(0, std / sqrt(2L)): attention output, w_down |
+| constants v, their W_c, and all other matrices | N(0, std)                                      |
+
+Every parameter is drawn from a generator of its own, seeded by its name: switching one expert type off leaves
+all other initial weights as they were, so that compared variants start from the same point.
+"""
+
+import hashlib
+
+import torch
+from torch import nn
+
+RESIDUAL_WRITERS = ("attention.output.weight", "ffn.w_down")
+
+
+def draw_seed() -> int:
+    """A seed for `init_parameters` that follows `torch.manual_seed`. To be drawn before any module is built:
+    how many random numbers that takes (nn.Linear fills itself) differs between variants."""
+    return int(torch.randint(2**62, (), device="cpu"))
+
+
+def init_parameters(module: nn.Module, seed: int, std: float = 0.02, n_layers: int = 1) -> None:
+    """Draw all parameters of `module` anew. Does nothing on the meta device."""
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            continue
+        if "norm" in name:
+            nn.init.ones_(parameter)
+            continue
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:7], "little"))
+        scale = (2 * n_layers) ** -0.5 if name.endswith(RESIDUAL_WRITERS) else 1.0
+        with torch.no_grad():
+            parameter.normal_(0.0, std * scale, generator=generator)

@@ -1,0 +1,47 @@
+"""The MoE++ layer: route, compute, combine."""
+
+import torch
+from torch import Tensor, nn
+
+from moepp.model.config import MoEConfig
+from moepp.model.experts import FFNExperts, ZeroComputationExperts
+from moepp.model.init import draw_seed, init_parameters
+from moepp.model.router import Router, Routing
+
+
+class MoELayer(nn.Module):
+    """Mixture of FFN and zero-computation experts (the paper's §3; vanilla MoE with the switches off).
+
+    Args:
+        hidden_size: D.
+        intermediate_size: H of each SwiGLU expert.
+        moe: experts, router and balance.
+        first: the layer is the first of its stack and never receives `previous_logits`.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int, moe: MoEConfig, first: bool = False) -> None:
+        super().__init__()
+        seed = draw_seed()
+        self.moe = moe
+        self.router = Router(hidden_size, moe, first)
+        self.ffn = FFNExperts(hidden_size, intermediate_size, moe)
+        self.zero_computation = ZeroComputationExperts(hidden_size, moe) if moe.n_zero_computation else None
+        init_parameters(self, seed)
+
+    def forward(self, x: Tensor, previous_logits: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """x (..., D) → y (..., D) and the routing of its T tokens.
+
+        `previous_logits` (T, E) are the `routing.logits` of the layer before. Capacity, where it is set, serves
+        earlier positions first, the last dimension but one being the position.
+        """
+        x_BSD = x.reshape(-1, *x.shape[-2:]) if x.dim() > 1 else x.view(1, 1, -1)
+        routing = self.router(x_BSD, previous_logits)
+        x_TD = x_BSD.flatten(0, 1)
+        if torch.is_autocast_enabled(x.device.type):
+            x_TD = x_TD.to(torch.get_autocast_dtype(x.device.type))
+        if self.moe.scale_expert_input != 1.0:
+            x_TD = x_TD * self.moe.scale_expert_input
+        y_TD = self.ffn(x_TD, routing)
+        if self.zero_computation is not None:
+            y_TD = y_TD + self.zero_computation(x_TD, routing)
+        return y_TD.view_as(x), routing

@@ -1,0 +1,207 @@
+"""The format of the released MoE++ checkpoints: a Hugging Face folder, read into a Transformer and written back.
+
+The format holds exactly one zero, one copy and two constant experts, in the order FFN, constant, copy, zero, and
+top-2 routing.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moepp.model.config import MoEConfig, TransformerConfig
+from moepp.model.errors import InputError
+from moepp.model.transformer import Transformer
+
+N_ZERO, N_COPY, N_CONST, TOP_K = 1, 1, 2, 2
+
+
+def load_released(folder: str | Path) -> Transformer:
+    """Read a released folder: `config.json` with `.safetensors` or `.bin` shards.
+
+    Raises:
+        InputError: a file is missing, is not of this format, or its tensors do not fit its config.
+    """
+    folder = Path(folder)
+    transformer, moe = read_config(folder)
+    tensors = read_weights(folder)
+    model = Transformer(transformer, moe)
+    state: dict[str, Tensor] = {}
+    for name, parts in tensor_names(transformer, moe):
+        missing = [part for part in parts if part not in tensors]
+        if missing:
+            raise InputError(f"{folder}: has no tensor {missing[0]}; is the checkpoint whole?")
+        value = (
+            torch.stack([tensors[part] for part in parts])
+            if stacked(name)
+            else torch.cat([tensors[p] for p in parts])
+        )
+        expected = model.get_parameter(name).shape
+        if value.shape != expected:
+            raise InputError(
+                f"{folder}: {parts[0]} makes {name} {tuple(value.shape)}, config.json {tuple(expected)}"
+            )
+        state[name] = value
+    model.load_state_dict(state, strict=not transformer.tie_embeddings)
+    return model.eval()
+
+
+def export_released(model: Transformer, folder: str | Path) -> None:
+    """Write `model` as a released folder (`config.json`, `model.safetensors`).
+
+    Raises:
+        InputError: the model has a shape that the format cannot hold.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    config = write_config(model.config, model.moe_config)
+    tensors: dict[str, Tensor] = {}
+    for name, parts in tensor_names(model.config, model.moe_config):
+        value = model.get_parameter(name).detach()
+        if stacked(name):
+            values = list(value.unbind())
+        elif name.endswith("qkv.weight"):
+            kv = model.config.kv_heads * model.config.head_dim
+            values = list(value.split([model.config.hidden_size, kv, kv]))
+        else:
+            values = [value]
+        tensors |= {part: v.contiguous().clone() for part, v in zip(parts, values, strict=True)}
+    E = model.moe_config.n_experts
+    for i in range(model.config.n_layers):  # no gating residual is a residual of zero; layer 0's is never used
+        tensors.setdefault(f"model.layers.{i}.mlp.moe.gate.gate_map.weight", torch.zeros(E, E))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def stacked(name: str) -> bool:
+    """Whether a parameter of ours stacks one tensor per expert."""
+    return name.endswith(("w_gate_up", "w_down", "constants", "mix"))
+
+
+def tensor_names(transformer: TransformerConfig, moe: MoEConfig) -> Iterator[tuple[str, list[str]]]:
+    """(our parameter, the released tensors it is made of) for every parameter."""
+    yield "embedding.weight", ["model.embed_tokens.weight"]
+    yield "norm.weight", ["model.norm.weight"]
+    if not transformer.tie_embeddings:
+        yield "head.weight", ["lm_head.weight"]
+    router = {1: [""], 2: ["0.", "2."]}[moe.router_depth]
+    ffn, const = range(moe.n_ffn), range(moe.n_ffn, moe.n_ffn + moe.n_const)
+    for i in range(transformer.n_layers):
+        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
+        gate, expert = f"{theirs}.mlp.moe.gate", f"{theirs}.mlp.moe.experts.experts"
+        yield f"{ours}.attention_norm.weight", [f"{theirs}.input_layernorm.weight"]
+        yield f"{ours}.moe_norm.weight", [f"{theirs}.post_attention_layernorm.weight"]
+        yield f"{ours}.attention.qkv.weight", [f"{theirs}.self_attn.{part}_proj.weight" for part in "qkv"]
+        yield f"{ours}.attention.output.weight", [f"{theirs}.self_attn.o_proj.weight"]
+        for j, infix in enumerate(router):
+            yield f"{ours}.moe.router.weights.{j}", [f"{gate}.wg.{infix}weight"]
+        if moe.gating_residual and i > 0:
+            yield f"{ours}.moe.router.residual", [f"{gate}.gate_map.weight"]
+        yield f"{ours}.moe.ffn.w_gate_up", [f"{expert}.{n}.up_proj.weight" for n in ffn]
+        yield f"{ours}.moe.ffn.w_down", [f"{expert}.{n}.down_proj.weight" for n in ffn]
+        yield f"{ours}.moe.zero_computation.constants", [f"{expert}.{n}.constant" for n in const]
+        yield f"{ours}.moe.zero_computation.mix", [f"{expert}.{n}.wg.weight" for n in const]
+
+
+def read_config(folder: Path) -> tuple[TransformerConfig, MoEConfig]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: is not a released MoE++ folder, it has no config.json")
+    try:
+        config = json.loads(path.read_text())
+        if config["model_type"] != "MoE++":
+            raise InputError(f"{path}: model_type is {config['model_type']!r}, not 'MoE++'")
+        if config.get("rope_scaling") or config.get("moe_expert_interval", 1) != 1:
+            raise InputError(f"{path}: rope_scaling and moe_expert_interval other than 1 are not supported")
+        (n_experts,) = config["num_experts"]
+        mixtral_gating = config["moe_use_mixtral_gating"]
+        scaled = not (mixtral_gating or config["moe_feature_no_mul_topk"])
+        transformer = TransformerConfig(
+            vocab_size=config["vocab_size"],
+            n_layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            n_heads=config["num_attention_heads"],
+            n_kv_heads=config["num_key_value_heads"],
+            context_length=config["max_position_embeddings"],
+            rope_theta=config["rope_theta"],
+            norm_eps=config["rms_norm_eps"],
+            tie_embeddings=config["tie_word_embeddings"],
+            init_std=config["initializer_range"],
+        )
+        moe = MoEConfig(
+            n_ffn=n_experts - N_ZERO - N_COPY - N_CONST,
+            n_zero=N_ZERO,
+            n_copy=N_COPY,
+            n_const=N_CONST,
+            top_k=TOP_K,
+            router_depth=2 if config["moe_2layer_gate"] else 1,
+            scale_expert_input=float(TOP_K) if scaled else 1.0,
+            logits_norm_std=config["moe_gate_norm_std"] if config["moe_use_logits_norm"] else None,
+            renormalize_without_zero=not mixtral_gating,
+        )
+    except KeyError as error:
+        raise InputError(f"{path}: has no key {error}") from error
+    except (TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: is not a released MoE++ config ({error})") from error
+    return transformer, moe
+
+
+def write_config(transformer: TransformerConfig, moe: MoEConfig) -> dict[str, Any]:
+    held = {"n_zero": N_ZERO, "n_copy": N_COPY, "n_const": N_CONST, "top_k": TOP_K}
+    for name, value in held.items():
+        if getattr(moe, name) != value:
+            raise InputError(f"moe.{name}: the released format holds exactly {value}, got {getattr(moe, name)}")
+    mixtral_gating = not moe.renormalize_without_zero
+    if moe.scale_expert_input not in ((1.0,) if mixtral_gating else (1.0, float(TOP_K))):
+        raise InputError(f"moe.scale_expert_input: the released format cannot hold {moe.scale_expert_input}")
+    return {
+        "architectures": ["MoeForCausalLM"],
+        "model_type": "MoE++",
+        "hidden_act": "silu",
+        "vocab_size": transformer.vocab_size,
+        "num_hidden_layers": transformer.n_layers,
+        "hidden_size": transformer.hidden_size,
+        "intermediate_size": transformer.intermediate_size,
+        "num_attention_heads": transformer.n_heads,
+        "num_key_value_heads": transformer.kv_heads,
+        "max_position_embeddings": transformer.context_length,
+        "rope_theta": transformer.rope_theta,
+        "rope_scaling": None,
+        "rms_norm_eps": transformer.norm_eps,
+        "tie_word_embeddings": transformer.tie_embeddings,
+        "initializer_range": transformer.init_std,
+        "num_experts": [moe.n_experts],
+        "moe_expert_interval": 1,
+        "moe_2layer_gate": moe.router_depth == 2,
+        "moe_use_mixtral_gating": mixtral_gating,
+        "moe_feature_no_mul_topk": moe.scale_expert_input == 1.0,
+        "moe_use_logits_norm": moe.logits_norm_std is not None,
+        "moe_gate_norm_std": 1.0 if moe.logits_norm_std is None else moe.logits_norm_std,
+        "use_cache": False,
+    }
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of all shards. `.bin` files are read with `weights_only`: they cannot run code."""
+    shards = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not shards:
+        raise InputError(f"{folder}: has neither model*.safetensors nor pytorch_model*.bin")
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        try:
+            if shard.suffix == ".safetensors":
+                from safetensors.torch import load_file
+
+                tensors |= load_file(shard)
+            else:
+                tensors |= torch.load(shard, map_location="cpu", weights_only=True)
+        except Exception as error:  # each library has its own; none of them names the file
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{shard}: cannot be read, is it damaged? ({reason})") from error
+    return tensors

@@ -1,0 +1,91 @@
+"""The pathway-aware router: scores of this layer plus scores of the one before → which experts, with what gates.
+
+T tokens, D hidden size, E experts, K choices a token. All of it is computed in float32 at least.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moepp.model import balance
+from moepp.model.config import MoEConfig
+
+
+@dataclass
+class Routing:
+    """What the router decided for T tokens.
+
+    Attributes:
+        logits: (T, E) G_j, what the next layer's gating residual receives.
+        experts: (T, K) int64, the chosen experts, best first.
+        gates: (T, K) their weights in the output; zero experts' and dropped assignments' are 0.
+        probs: (T, E) softmax of the logits.
+        kept: (T, K) bool, False where an expert was over capacity; None when dropless.
+        moe: the configuration the decision was made under.
+    """
+
+    logits: Tensor
+    experts: Tensor
+    gates: Tensor
+    probs: Tensor
+    kept: Tensor | None
+    moe: MoEConfig
+
+    def load_balance_loss(self) -> Tensor:
+        """L_b of this layer (equation 7), a scalar with a gradient."""
+        return balance.load_balance_loss(self.probs, self.experts, self.moe)
+
+    def tokens_per_expert(self) -> Tensor:
+        """(E,) int64: how many tokens chose each expert, before any capacity."""
+        return balance.count_assignments(self.experts, self.moe.n_experts)
+
+
+class Router(nn.Module):
+    """G_j = W_j x_j + W_g,j G_(j-1) (equation 6), then softmax, top-k, and gates renormalised over the chosen.
+
+    A zero expert's gate is set to 0 before the division, so that a token with one zero expert among its K
+    follows the others alone. A token whose K choices are all zero experts gets gates of exactly 0.
+    """
+
+    def __init__(self, hidden_size: int, moe: MoEConfig, first: bool = False) -> None:
+        super().__init__()
+        self.moe = moe
+        E, D = moe.n_experts, hidden_size
+        widths = [D, E] if moe.router_depth == 1 else [D, 8 * E, E]
+        self.weights = nn.ParameterList(torch.empty(n_out, n_in) for n_in, n_out in pairwise(widths))
+        # The first layer has nothing before it: a W_g there would never get a gradient.
+        self.residual = nn.Parameter(torch.empty(E, E)) if moe.gating_residual and not first else None
+
+    def forward(self, x_BSD: Tensor, previous_logits_TE: Tensor | None = None) -> Routing:
+        moe = self.moe
+        dtype = torch.promote_types(x_BSD.dtype, torch.float32)
+        with torch.autocast(x_BSD.device.type, enabled=False):
+            logits_TE = F.linear(x_BSD.flatten(0, 1).to(dtype), self.weights[0].to(dtype))
+            for weight in self.weights[1:]:
+                logits_TE = F.linear(logits_TE.tanh(), weight.to(dtype))
+            if self.residual is not None and previous_logits_TE is not None:
+                logits_TE = logits_TE + F.linear(previous_logits_TE, self.residual.to(dtype))
+            scores_TE = logits_TE
+            if moe.logits_norm_std is not None:
+                scores_TE = logits_TE * (moe.logits_norm_std / logits_TE.std(-1, keepdim=True))
+            experts_TK = scores_TE.topk(moe.top_k, dim=-1).indices
+            gates_TK = self.gates(scores_TE, experts_TK)
+            kept_TK = None
+            if moe.capacity_factor is not None and self.training:
+                kept_TK = balance.within_capacity(experts_TK.view(*x_BSD.shape[:2], -1), moe).flatten(0, 1)
+                gates_TK = gates_TK * kept_TK
+        return Routing(logits_TE, experts_TK, gates_TK, scores_TE.softmax(-1), kept_TK, moe)
+
+    def gates(self, scores_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        """(T, K): softmax over the chosen experts' scores = their probabilities divided by their sum."""
+        chosen_TK = scores_TE.gather(1, experts_TK)
+        is_zero_TK = experts_TK >= self.moe.kinds["zero"].start
+        if not self.moe.renormalize_without_zero:
+            return chosen_TK.softmax(-1)
+        # -inf takes zero experts out of the sum; a row of nothing but -inf would be NaN, forward and backward
+        all_zero_T1 = is_zero_TK.all(-1, keepdim=True)
+        gates_TK = chosen_TK.masked_fill(is_zero_TK & ~all_zero_T1, float("-inf")).softmax(-1)
+        return gates_TK.masked_fill(is_zero_TK, 0.0)

@@ -1,0 +1,148 @@
+"""A decoder-only transformer whose feed-forward blocks are MoE++ layers.
+
+B sequences, S positions, D hidden size, N query heads, M key/value heads, d head size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moepp.model.config import MoEConfig, TransformerConfig, require
+from moepp.model.errors import InputError
+from moepp.model.init import draw_seed, init_parameters
+from moepp.model.moe import MoELayer
+from moepp.model.router import Routing
+
+
+class KVCache:
+    """Keys and values of the positions already seen, for one attention layer."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def __len__(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def append(self, k_BMSd: Tensor, v_BMSd: Tensor) -> tuple[Tensor, Tensor]:
+        """Add new positions; returns all keys and values so far."""
+        self.keys = k_BMSd if self.keys is None else torch.cat((self.keys, k_BMSd), dim=2)
+        self.values = v_BMSd if self.values is None else torch.cat((self.values, v_BMSd), dim=2)
+        return self.keys, self.values
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions in the half-split layout."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.head_dim, D = config.head_dim, config.hidden_size
+        self.widths = [D, config.kv_heads * self.head_dim, config.kv_heads * self.head_dim]
+        self.qkv = nn.Linear(D, sum(self.widths), bias=False)
+        self.output = nn.Linear(D, D, bias=False)
+
+    def forward(self, x_BSD: Tensor, rope_2Sd: Tensor, cache: KVCache | None = None) -> Tensor:
+        B, S, _ = x_BSD.shape
+        q, k, v = (
+            part.view(B, S, -1, self.head_dim).transpose(1, 2)  # (B, heads, S, d)
+            for part in self.qkv(x_BSD).split(self.widths, dim=-1)
+        )
+        q, k = rotate(q, rope_2Sd), rotate(k, rope_2Sd)
+        causal = True
+        if cache is not None:
+            require(len(cache) == 0 or S == 1, "cache", S, "takes one position at a time after the first call")
+            causal = len(cache) == 0
+            k, v = cache.append(k, v)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+        return self.output(y.transpose(1, 2).reshape(B, S, -1))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + moe(norm(x))."""
+
+    def __init__(self, config: TransformerConfig, moe: MoEConfig, first: bool) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.moe_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.moe = MoELayer(config.hidden_size, config.intermediate_size, moe, first)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rope_2Sd: Tensor,
+        previous_logits_TE: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, Routing]:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope_2Sd, cache)
+        y_BSD, routing = self.moe(self.moe_norm(x_BSD), previous_logits_TE)
+        return x_BSD + y_BSD, routing
+
+
+@dataclass
+class Output:
+    """logits (B, S, V), and one Routing per MoE layer."""
+
+    logits: Tensor
+    routings: list[Routing]
+
+    def load_balance_loss(self) -> Tensor:
+        """Mean of L_b over the MoE layers."""
+        return torch.stack([routing.load_balance_loss() for routing in self.routings]).mean()
+
+
+class Transformer(nn.Module):
+    """tokens (B, S) → Output. Each layer's router hands its logits to the next."""
+
+    rope_2Sd: Tensor
+
+    def __init__(self, config: TransformerConfig, moe: MoEConfig) -> None:
+        super().__init__()
+        seed = draw_seed()
+        self.config, self.moe_config = config, moe
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, moe, first=i == 0) for i in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.register_buffer("rope_2Sd", rope_table(config), persistent=False)
+        init_parameters(self, seed, config.init_std, config.n_layers)
+
+    def forward(self, tokens_BS: Tensor, caches: list[KVCache] | None = None) -> Output:
+        """With `caches` (one per layer) `tokens_BS` continues the positions that these have seen.
+
+        Raises:
+            InputError: more positions than `context_length`.
+        """
+        start = len(caches[0]) if caches else 0
+        end = start + tokens_BS.shape[1]
+        if end > self.config.context_length:
+            raise InputError(f"{end} positions do not fit transformer.context_length={self.config.context_length}")
+        rope_2Sd = self.rope_2Sd[:, start:end]
+        x_BSD = self.embedding(tokens_BS)
+        routings: list[Routing] = []
+        for i, block in enumerate(self.blocks):
+            previous_logits = routings[-1].logits if routings else None
+            x_BSD, routing = block(x_BSD, rope_2Sd, previous_logits, caches[i] if caches else None)
+            routings.append(routing)
+        return Output(self.head(self.norm(x_BSD)), routings)
+
+
+def rope_table(config: TransformerConfig) -> Tensor:
+    """(2, context_length, d): cos and sin of position times frequency, each half of d alike."""
+    d = config.head_dim
+    frequencies = config.rope_theta ** -(torch.arange(0, d, 2, dtype=torch.float32) / d)
+    angles = torch.arange(config.context_length, dtype=torch.float32)[:, None] * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x_BNSd: Tensor, rope_2Sd: Tensor) -> Tensor:
+    """RoPE: turn each pair (i, i + d/2) by its position's angle."""
+    cos_Sd, sin_Sd = rope_2Sd
+    first, second = x_BNSd.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x_BNSd * cos_Sd + turned * sin_Sd).to(x_BNSd.dtype)

@@ -1,0 +1,216 @@
+"""What a person sees of a run: the monitor's metrics and status line, and the summary at the end."""
+
+import json
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from moepp.model import count_parameters, flops_per_token
+from moepp.model.generate import generate
+from moepp.training.csv_log import CSVLog
+from moepp.training.module import LitMoE
+from moepp.training.tokens import END_OF_TEXT, END_OF_TEXT_ID
+
+DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "bf16-true": torch.bfloat16}
+
+
+class Monitor(L.Callback):
+    """Logs means over the `log_every_n_steps` optimizer steps since the last log, and prints them as one line.
+
+    Everything is summed on the device; it is waited for only when a line is due. The clock stops during
+    validation. All loggers receive the same numbers at the same steps.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.logged_step = 0
+        self.clock = self.paused = 0.0
+        self.last_validation = ""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": dict(self.sums), "logged_step": self.logged_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.sums, self.logged_step = dict(state_dict["sums"]), state_dict["logged_step"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: LitMoE) -> None:  # type: ignore[override]
+        self.clock, self.begun, self.begun_step = time.perf_counter(), time.perf_counter(), trainer.global_step
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLog):
+                logger.rewind(trainer.global_step)
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: LitMoE, outputs: Any, batch: dict[str, Tensor], batch_idx: int
+    ) -> None:
+        for name, value in (outputs | {"batches": torch.ones(())}).items():
+            self.sums[name] = self.sums[name].to(value.device) + value if name in self.sums else value.clone()
+        due = trainer.global_step >= self.logged_step + trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if due or trainer.global_step == trainer.max_steps > self.logged_step:
+            self.report(trainer, pl_module, tokens_per_batch=batch["inputs"].numel())
+
+    def report(self, trainer: L.Trainer, model: LitMoE, tokens_per_batch: int) -> None:
+        sums = {
+            name: trainer.strategy.reduce(value.float(), reduce_op="mean") for name, value in self.sums.items()
+        }
+        n_batches = float(sums.pop("batches"))
+        counts_LE = sums.pop("tokens_per_expert_LE")
+        del sums["loss"]  # Lightning has divided it by accumulate_grad_batches
+        means = {f"train/{name}": float(value) / n_batches for name, value in sums.items()}
+        balance_scaled = model.moe.balance_weight * means["train/balance"]
+        n_tokens = tokens_per_batch * n_batches
+        shares_E = counts_LE.sum(0) / counts_LE.sum()
+        ffn_LF = counts_LE[:, model.moe.kinds["ffn"]]
+        ffn_per_token = float(ffn_LF.sum()) / (model.transformer.n_layers * n_tokens)
+        now = time.perf_counter()
+        tokens_per_second = trainer.world_size * n_tokens / (now - self.clock - self.paused)
+        flops = 3 * flops_per_token(model.transformer, model.moe, batch_seq_len(trainer), ffn_per_token)
+        metrics = {
+            **means,
+            "train/balance_scaled": balance_scaled,
+            "train/loss": means["train/cross_entropy"] + balance_scaled,
+            "train/gradient_norm": float(model.gradient_norm),
+            "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/tokens": float(trainer.global_step * trainer.accumulate_grad_batches)
+            * tokens_per_batch
+            * trainer.world_size,
+            "routing/ffn_per_token": ffn_per_token,
+            **{f"routing/share/{kind}": float(shares_E[where].sum()) for kind, where in model.moe.kinds.items()},
+            "routing/imbalance": float((ffn_LF.amax(1) / ffn_LF.mean(1)).mean()),
+            "speed/tokens_per_second": tokens_per_second,
+            "speed/tflops_per_second": flops * tokens_per_second / 1e12,
+        }
+        if peak := peak_flops(model.device, str(trainer.precision)):
+            metrics["speed/mfu"] = flops * tokens_per_second / (trainer.world_size * peak)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+        self.print_status(trainer, metrics, model.moe.top_k)
+        self.sums, self.logged_step = {}, trainer.global_step
+        self.clock, self.paused = time.perf_counter(), 0.0
+
+    def print_status(self, trainer: L.Trainer, metrics: dict[str, float], top_k: int) -> None:
+        step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
+        per_step = (time.perf_counter() - self.begun) / max(1, step - self.begun_step)
+        parts = [
+            f"step {step:>{len(str(total))}}/{total}",
+            f"loss {metrics['train/cross_entropy']:.3f}",
+            self.last_validation,
+            f"FFN {metrics['routing/ffn_per_token']:.2f} of {top_k}",
+            f"imbalance {metrics['routing/imbalance']:.2f}",
+            f"{metrics['speed/tokens_per_second']:,.0f} tokens/s",
+            f"MFU {metrics['speed/mfu']:.1%}" if "speed/mfu" in metrics else "",
+            f"{timedelta(seconds=int(per_step * (total - step)))} left",
+        ]
+        say(trainer, " │ ".join(part for part in parts if part))
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.validation_start = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.paused += time.perf_counter() - self.validation_start
+        metrics = trainer.callback_metrics
+        if "val/loss" in metrics:
+            self.last_validation = f"val {metrics['val/loss']:.3f} ({metrics['val/bits_per_byte']:.3f} bits/byte)"
+
+
+class Summary(L.Callback):
+    """At the end of a run: a table of what came out and where it is, and text that the model writes."""
+
+    def __init__(self, run_dir: Path, sample_tokens: int = 48, n_samples: int = 3) -> None:
+        self.run_dir, self.sample_tokens, self.n_samples = run_dir, sample_tokens, n_samples
+        self.begun = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: LitMoE) -> None:  # type: ignore[override]
+        """After the validation on all held-out text that `moepp fit` ends with."""
+        final = {
+            name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("final/")
+        }
+        if not final or not trainer.is_global_zero:
+            return
+        seconds = time.perf_counter() - self.begun
+        parameters = count_parameters(pl_module.transformer, pl_module.moe)
+        result = {
+            "step": trainer.global_step,
+            "seconds": round(seconds, 1),
+            "device": device_name(pl_module.device),
+            "precision": str(trainer.precision),
+            "torch": torch.__version__,
+            "parameters": parameters.total,
+            "active_parameters": round(parameters.active(final["final/ffn_per_token"])),
+            "ffn_per_token_expected": pl_module.moe.top_k * pl_module.moe.ffn_share,
+            **final,
+        }
+        (self.run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        table = Table(title=f"{trainer.global_step} steps in {timedelta(seconds=int(seconds))}", show_header=False)
+        table.add_row("validation loss", f"{final['final/loss']:.4f} nats/token")
+        table.add_row("perplexity", f"{final['final/perplexity']:.2f}")
+        table.add_row("bits per byte", f"{final['final/bits_per_byte']:.4f}")
+        for domain in pl_module.domains:
+            if (bits := final.get(f"final/bits_per_byte/{domain}")) is not None:
+                table.add_row(f"  {domain}", f"{bits:.4f}")
+        expected = result["ffn_per_token_expected"]
+        table.add_row("FFN experts per token", f"{final['final/ffn_per_token']:.3f} (at balance {expected:.3f})")
+        table.add_row("parameters", f"{parameters.total:,}, {result['active_parameters']:,} active per token")
+        table.add_row("device", f"{result['device']}, {result['precision']}, torch {result['torch']}")
+        table.add_section()
+        for what, name in (
+            ("metrics", "metrics.csv"),
+            ("TensorBoard", "tensorboard/"),
+            ("checkpoints", "checkpoints/"),
+            ("config", "config.yaml"),
+            ("result", "result.json"),
+            ("log", "train.log"),
+        ):
+            table.add_row(what, str(self.run_dir / name))
+        text = self.samples(trainer, pl_module)
+        for console in (Console(), Console(file=(self.run_dir / "train.log").open("a"), width=120)):
+            console.print(table)
+            console.print(text, markup=False, highlight=False)
+
+    def samples(self, trainer: L.Trainer, model: LitMoE) -> str:
+        """Beginnings of held-out documents of several domains, continued by the model."""
+        tokens = trainer.datamodule.files  # type: ignore[attr-defined]
+        lines = []
+        held_out = [(domain, *span) for domain, span in zip(tokens.domains, tokens.val_ranges, strict=True)]
+        for domain, start, end in [span for span in held_out if span[2] > span[1]][: self.n_samples]:
+            prompt = torch.from_numpy(tokens.val[start : min(start + 16, end)].astype("int64"))
+            room = min(self.sample_tokens, model.transformer.context_length - len(prompt))
+            if room < 1:
+                continue
+            whole = generate(model.model, prompt.to(model.device), room, stop=END_OF_TEXT_ID).tolist()
+            before, after = (
+                tokens.tokenizer.decode(part) for part in (whole[: len(prompt)], whole[len(prompt) :])
+            )
+            lines.append(f"— {domain}: {before}⟶{after}".replace(END_OF_TEXT, ""))
+        return "\n\n".join(lines)
+
+
+def batch_seq_len(trainer: L.Trainer) -> int:
+    return trainer.datamodule.seq_len  # type: ignore[attr-defined]
+
+
+def peak_flops(device: torch.device, precision: str) -> int | None:
+    """The device's peak in FLOP/s at this precision, None where nobody has written it down."""
+    return get_available_flops(device, DTYPES.get(precision, torch.float32)) if device.type == "cuda" else None
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads"
+
+
+def say(trainer: L.Trainer, line: str) -> None:
+    """One line for the person watching (above the progress bar, where there is one) and for train.log."""
+    if trainer.is_global_zero:
+        print(line, flush=True, file=sys.stdout)
+        with (Path(trainer.default_root_dir) / "train.log").open("a") as log:
+            log.write(line + "\n")

@@ -1,0 +1,129 @@
+"""The small verbs: prepare, generate, import, export. Each function's signature is its command line."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+
+from moepp import __version__
+from moepp.model import InputError, export_released, load_released
+from moepp.model import generate as generation
+from moepp.training import tokens
+from moepp.training.checkpoint import load_model, newest_checkpoint
+from moepp.training.lightning_cli import OneLineParser
+
+
+def run(verb: str, arguments: list[str]) -> None:
+    auto_cli(VERBS[verb], args=arguments, parser_class=OneLineParser, prog=f"moepp {verb}", as_positional=True)
+
+
+def prepare(
+    path: str,
+    vocab_size: int = 8192,
+    val_fraction: float = 0.02,
+    out_root: str = "data/prepared",
+) -> None:
+    """Turn text into a tokenizer and token files. A second call with the same text does nothing.
+
+    Args:
+        path: a corpus list (.yaml); .txt, .md or .jsonl (also .gz, .zst), or a folder of them; or hf:owner/name.
+        vocab_size: size of the byte-level BPE vocabulary, padded to a multiple of 64.
+        val_fraction: share of each domain's text held out for validation, in whole documents.
+        out_root: where the folder of token files goes.
+    """
+    from rich.console import Console
+
+    folder = tokens.prepare(path, vocab_size, val_fraction, out_root)
+    Console().print(tokens.TokenFiles.open(folder).describe())
+    print(folder)
+
+
+def generate(
+    ckpt: str | None = None,
+    prompt: str = "",
+    max_new_tokens: int | None = None,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+) -> None:
+    """Write text.
+
+    Args:
+        ckpt: the checkpoint; by default the newest under runs/.
+        prompt: what the text begins with.
+        max_new_tokens: by default 200, or what is left of the model's context.
+        temperature: divides the logits; 0 always takes the most likely token.
+        top_p: sample among the fewest tokens whose probabilities reach this sum.
+        seed: of the sampling.
+    """
+    model, tokenizer = load_model(ckpt or newest_checkpoint())
+    if tokenizer is None:
+        raise InputError(f"{ckpt}: has no tokenizer; import it with one (moepp import --help)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ids = [tokens.END_OF_TEXT_ID, *tokenizer.encode(prompt).ids]
+    if max_new_tokens is None:
+        max_new_tokens = max(1, min(200, model.config.context_length - len(ids)))
+    whole = generation.generate(
+        model.to(device),
+        torch.tensor(ids, device=device),
+        max_new_tokens,
+        temperature,
+        top_p,
+        stop=tokens.END_OF_TEXT_ID,
+        seed=seed,
+    )
+    print(tokenizer.decode(whole.tolist()))
+
+
+def import_(folder: str, ckpt: str, tokenizer: str | None = None) -> None:
+    """Read a released (Hugging Face) folder into a checkpoint.
+
+    Args:
+        folder: the released folder.
+        ckpt: the checkpoint to write.
+        tokenizer: its tokenizer.json, by default the one in the folder; without any, text cannot be generated.
+    """
+    model = load_released(folder)
+    path = Path(tokenizer) if tokenizer else Path(folder) / "tokenizer.json"
+    if tokenizer and not path.is_file():
+        raise InputError(f"tokenizer: {path} does not exist")
+    if Path(ckpt).exists():
+        raise InputError(f"ckpt: {ckpt} exists already; name another file or remove it")
+    meta = {
+        "version": __version__,
+        "transformer": asdict(model.config),
+        "moe": asdict(model.moe_config),
+        "tokenizer": path.read_text() if path.is_file() else None,
+        "data_hash": None,
+    }
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    Path(ckpt).parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": state, "moepp": meta}, ckpt)
+    print(ckpt)
+
+
+def export(folder: str, ckpt: str | None = None) -> None:
+    """Write a checkpoint as a released (Hugging Face) folder, with its tokenizer.
+
+    Args:
+        folder: the folder to write.
+        ckpt: the checkpoint; by default the newest under runs/.
+    """
+    model, tokenizer = load_model(ckpt or newest_checkpoint())
+    if Path(folder).exists():
+        raise InputError(f"folder: {folder} exists already; name another or remove it")
+    export_released(model, folder)
+    if tokenizer is not None:
+        tokenizer.save(str(Path(folder) / "tokenizer.json"))
+    print(folder)
+
+
+VERBS: dict[str, Callable[..., Any]] = {
+    "prepare": prepare,
+    "generate": generate,
+    "import": import_,
+    "export": export,
+}

@@ -1,0 +1,83 @@
+"""metrics.csv: a row per logged step, whole at every moment, continued by a resumed run."""
+
+import csv
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class CSVLog(Logger):
+    """Writes every metric to `folder`/metrics.csv at once; what is logged for the same step shares a row.
+
+    Lightning's own CSVLogger deletes the file of the run that it continues.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.path = Path(folder) / "metrics.csv"
+        self.rows: dict[int, dict[str, Any]] = {}  # by step
+        self.columns = ["step"]
+        if self.path.is_file():
+            with self.path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                for row in reader:  # a row that a crash cut short has no step or too few values
+                    if row["step"] and None not in row.values():
+                        self.rows[int(row["step"])] = {name: value for name, value in row.items() if value != ""}
+                self.columns = list(reader.fieldnames or self.columns)
+        self.last_row_at = 0  # where the last row begins in the file
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """config.yaml holds them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if step is None:
+            raise ValueError("every metric is logged at a step")
+        new_columns = [name for name in metrics if name not in self.columns]
+        known_step = step in self.rows
+        self.rows[step] = self.rows.get(step, {"step": step}) | metrics
+        if new_columns or not self.path.exists() or (known_step and step != next(reversed(self.rows))):
+            self.columns += new_columns
+            self.rewrite()
+            return
+        with self.path.open("r+b") as file:
+            if known_step:
+                file.seek(self.last_row_at)
+                file.truncate()
+            else:
+                self.last_row_at = file.seek(0, os.SEEK_END)
+            file.write(self.line(self.rows[step]))
+
+    @rank_zero_only
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after `step`: a run resumed there logs it again."""
+        if any(logged > step for logged in self.rows):
+            self.rows = {logged: row for logged, row in self.rows.items() if logged <= step}
+            self.rewrite()
+
+    def rewrite(self) -> None:
+        """Write the whole file beside the old one, then put it in its place."""
+        content = b""
+        for row in [{name: name for name in self.columns}, *self.rows.values()]:
+            self.last_row_at = len(content)
+            content += self.line(row)
+        beside = self.path.with_suffix(".csv.tmp")
+        beside.write_bytes(content)
+        os.replace(beside, self.path)
+
+    def line(self, row: dict[str, Any]) -> bytes:
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns, restval="").writerow(row)
+        return text.getvalue().encode()

@@ -1,0 +1,261 @@
+"""`moepp fit | validate | test`: LightningCLI with OmegaConf recipes, a folder per run, one-line errors."""
+
+import difflib
+import logging
+import os
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+import torch
+import yaml
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf.errors import OmegaConfBaseException
+
+from moepp.model import InputError, count_parameters
+from moepp.training.callbacks import Monitor, Summary, device_name, say
+from moepp.training.checkpoint import newest_checkpoint, read_checkpoint
+from moepp.training.csv_log import CSVLog
+from moepp.training.data import TokenDataModule
+from moepp.training.module import LitMoE
+from moepp.training.tokens import padded_vocab_size
+
+TRAINER_DEFAULTS = {
+    "max_epochs": -1,  # max_steps decides
+    "check_val_every_n_epoch": None,  # val_check_interval counts steps, across epochs
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,  # TokenDataModule gives every rank its share itself
+}
+RUN_DIR = "MOEPP_RUN_DIR"  # set by the first process of a run for those that it starts
+
+
+def run(verb: str, arguments: list[str]) -> None:
+    quiet_lightning()
+    subcommands = MoECLI.subcommands()
+    # ${model.…} in a recipe means the recipe's own `model`, which LightningCLI nests below the verb
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    arguments = expand_bases(arguments)
+    recipes = [Path(value).stem for flag, value in pairwise(arguments) if flag == "--config"]
+    MoECLI.recipe = recipes[-1] if recipes else "default"
+    try:
+        MoECLI(
+            LitMoE,
+            TokenDataModule,
+            save_config_callback=None,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_class=OneLineParser,
+            parser_kwargs={"parser_mode": "omegaconf+"}
+            | {name: {"parser_mode": "omegaconf+"} for name in subcommands},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=[verb, *arguments],
+        )
+    except OmegaConfBaseException as error:
+        raise InputError(str(error).splitlines()[0]) from error
+
+
+class OneLineParser(LightningArgumentParser):
+    """Reports an error as one line (InputError), where argparse prints its usage as well."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        line = " ".join(str(message).split())
+        if unknown := re.search(r"(?:unrecognized arguments: --|not accept option ['\"])([\w.]+)", line, re.I):
+            choices = [action.choices for action in self._actions if isinstance(action.choices, dict)]
+            parsers = [self, *(parser for verbs in choices for parser in verbs.values())]
+            known = [action.dest for parser in parsers for action in parser._actions]
+            if close := difflib.get_close_matches(unknown[1], known, n=1):
+                line += f" (did you mean {close[0]}?)"
+        raise InputError(line)
+
+
+class MoECLI(LightningCLI):
+    recipe = "default"  # names the folder of a run
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        skipped = LightningCLI.subcommands()
+        return {name: skipped[name] | {"weights_only"} for name in ("fit", "validate", "test")}
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would read hyperparameters from the checkpoint here; ours come from the recipe alone."""
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        # a checkpoint from elsewhere must not run code, so this is no option
+        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--base", type=str | None, help="in a recipe: the recipe that it changes")
+        parser.link_arguments("data.vocab_size", "model.transformer.vocab_size", compute_fn=padded_vocab_size)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Fill in what depends on the machine and the run: precision, folder, loggers, callbacks."""
+        config = self._get(self.config_init, "trainer")
+        self.find_checkpoint()
+        if config["precision"] is None:
+            bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            kwargs["precision"] = "bf16-mixed" if bf16 and config["accelerator"] != "cpu" else "32-true"
+        if config["enable_progress_bar"] is None:
+            kwargs["enable_progress_bar"] = sys.stdout.isatty()
+        if self.subcommand != "fit":
+            return super().instantiate_trainer(logger=False, **kwargs)
+        self.claimed = False
+        self.run_dir = self.claim_run_dir(config["default_root_dir"])
+        kwargs["default_root_dir"] = str(self.run_dir)
+        if config["logger"] is None:
+            kwargs["logger"] = [
+                CSVLog(self.run_dir),
+                TensorBoardLogger(self.run_dir, name="", version="tensorboard"),
+            ]
+        callbacks: list[L.Callback] = [Monitor(), Summary(self.run_dir)]
+        if config["enable_checkpointing"] is not False:
+            callbacks.append(
+                ModelCheckpoint(
+                    self.run_dir / "checkpoints",
+                    filename="best",
+                    monitor="val/loss",
+                    save_last=True,
+                    enable_version_counter=False,
+                )
+            )
+        if kwargs.get("enable_progress_bar", config["enable_progress_bar"]):
+            callbacks.append(RichProgressBar(refresh_rate=10))
+        kwargs["callbacks"] = [*callbacks, *(config["callbacks"] or [])]
+        return super().instantiate_trainer(**kwargs)
+
+    def find_checkpoint(self) -> None:
+        """`--ckpt_path last` is the newest run's of this recipe; training goes on in that run's folder."""
+        arguments = self.config_init[str(self.subcommand)]
+        wanted = arguments["ckpt_path"]
+        if wanted == "last":
+            newest = newest_checkpoint(self.recipe)
+            arguments["ckpt_path"] = str(newest)
+            arguments["trainer"]["default_root_dir"] = str(newest.parent.parent)
+        elif wanted is not None:
+            read_checkpoint(wanted)
+
+    def claim_run_dir(self, wanted: str | None) -> Path:
+        """`wanted`, or a new runs/<recipe>/<n>. mkdir is the claim: two runs never share a folder."""
+        if given := os.environ.get(RUN_DIR):  # this process was started by the run's first one
+            return Path(given)
+        if wanted is not None:
+            run_dir = Path(wanted)
+            self.claimed = not run_dir.exists()
+            run_dir.mkdir(parents=True, exist_ok=True)
+        else:
+            parent = Path("runs") / self.recipe
+            parent.mkdir(parents=True, exist_ok=True)
+            n = max((int(path.name) for path in parent.iterdir() if path.name.isdigit()), default=0) + 1
+            while True:
+                run_dir = parent / str(n)
+                try:
+                    run_dir.mkdir()
+                    break
+                except FileExistsError:
+                    n += 1
+            self.claimed = True
+        os.environ[RUN_DIR] = str(run_dir)
+        return run_dir
+
+    def fit(self, model: LitMoE, datamodule: TokenDataModule, **kwargs: Any) -> None:
+        """Train, then validate on all held-out text."""
+        config = self._get(self.config_init, "trainer")
+        try:
+            if self.trainer.is_global_zero:
+                self.save_config()
+            self.announce(model)
+            self.trainer.fit(model, datamodule=datamodule, **kwargs)
+            if self.trainer.state.finished and not config["fast_dev_run"]:
+                if self.trainer.checkpoint_callback is not None:
+                    self.trainer.save_checkpoint(self.run_dir / "checkpoints" / "last.ckpt")
+                self.trainer.limit_val_batches = 1.0
+                self.trainer.validate(model, datamodule=datamodule, verbose=False)
+        except InputError:  # leave nothing behind of a run that never began
+            if self.claimed and not list(self.run_dir.glob("checkpoints/*.ckpt")):
+                shutil.rmtree(self.run_dir)
+            raise
+        finally:
+            os.environ.pop(RUN_DIR, None)
+
+    def validate(self, **kwargs: Any) -> None:
+        self.evaluate(self.trainer.validate, **kwargs)
+
+    def test(self, **kwargs: Any) -> None:
+        self.evaluate(self.trainer.test, **kwargs)
+
+    def evaluate(self, run: Callable[..., Any], ckpt_path: str | None = None, **kwargs: Any) -> None:
+        """Print the metrics of a checkpoint on the held-out text."""
+        if ckpt_path is None:
+            raise InputError("ckpt_path: name the checkpoint, for example runs/moepp/1/checkpoints/last.ckpt")
+        self.trainer.limit_val_batches = self.trainer.limit_test_batches = 1.0
+        run(ckpt_path=ckpt_path, **kwargs | {"verbose": False})
+        for name, value in self.trainer.callback_metrics.items():
+            print(f"{name:<40} {value:.4f}")
+
+    def save_config(self) -> None:
+        parser, config = self._parser("fit"), self.config.fit.clone()
+        config.base = config.config = None  # resolved: nothing is left to look up
+        parser.save(config, self.run_dir / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+
+    def announce(self, model: LitMoE) -> None:
+        parameters = count_parameters(model.transformer, model.moe)
+        active = parameters.active(model.moe.top_k * model.moe.ffn_share)
+        device = device_name(self.trainer.strategy.root_device)
+        say(
+            self.trainer,
+            f"{self.run_dir}: {parameters.total / 1e6:.1f}M parameters, "
+            f"about {active / 1e6:.1f}M active per token, {self.trainer.precision} on {device}",
+        )
+
+
+def expand_bases(arguments: list[str]) -> list[str]:
+    """`--config X`, where X says `base: Y`, becomes `--config Y --config X`: a recipe may be a few lines."""
+    expanded: list[str] = []
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        name, _, value = argument.partition("=")
+        if name not in ("-c", "--config") or not (value or waiting):
+            expanded.append(argument)
+            continue
+        for path in with_bases(Path(value or waiting.pop(0))):
+            expanded += ["--config", str(path)]
+    return expanded
+
+
+def with_bases(path: Path) -> list[Path]:
+    """The recipe's chain of bases, the first base first."""
+    chain = [path]
+    while chain[0].is_file():  # a missing file is the parser's to report
+        try:
+            recipe = yaml.safe_load(chain[0].read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{chain[0]}: is not YAML: {error}") from error
+        if not isinstance(recipe, dict) or recipe.get("base") is None:
+            break
+        base = chain[0].parent / str(recipe["base"])
+        if not base.is_file():
+            raise InputError(f"{chain[0]}: its base {base} does not exist")
+        if base in chain:
+            raise InputError(f"{chain[0]}: its bases go round in a circle")
+        chain.insert(0, base)
+    return chain
+
+
+def quiet_lightning() -> None:
+    """Lightning's notes on unused GPUs, few workers and where else to log are no news to this program's user."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"lightning\..*")

@@ -1,0 +1,37 @@
+"""Bits per byte: the one validation figure that can be compared across tokenizers."""
+
+import math
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class BitsPerByte(Metric):
+    """Bits the model needs for a byte of text, overall and per domain.
+
+    Negative log likelihood of the text's tokens divided by ln 2 and by the UTF-8 bytes they stand for. Tokens of
+    no bytes (the end of a text) are left out of both.
+    """
+
+    full_state_update = False
+    bytes_per_token_V: Tensor
+    nats: Tensor
+    n_bytes: Tensor
+
+    def __init__(self, bytes_per_token_V: Tensor, n_domains: int) -> None:
+        super().__init__()
+        self.register_buffer("bytes_per_token_V", bytes_per_token_V, persistent=False)
+        for name in ("nats", "n_bytes"):
+            self.add_state(name, torch.zeros(n_domains, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, nats_BS: Tensor, targets_BS: Tensor, domain_B: Tensor) -> None:
+        """`nats_BS` is the cross-entropy of each target; targets below 0 are padding."""
+        n_bytes_BS = self.bytes_per_token_V[targets_BS.clamp(min=0)] * (targets_BS >= 0)
+        nats_B = (nats_BS.double() * (n_bytes_BS > 0)).sum(1)
+        self.nats.index_add_(0, domain_B, nats_B)
+        self.n_bytes.index_add_(0, domain_B, n_bytes_BS.sum(1).double())
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """(overall (), per domain (n_domains,)); NaN for a domain without text."""
+        return self.nats.sum() / self.n_bytes.sum() / math.log(2), self.nats / self.n_bytes / math.log(2)

@@ -1,0 +1,208 @@
+"""LitMoE: the loss, the optimizer and the validation of a Transformer under Lightning."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torchmetrics import MeanMetric
+from torchmetrics.text import Perplexity
+
+from moepp import __version__
+from moepp.model import InputError, MoEConfig, Transformer, TransformerConfig
+from moepp.model.config import require
+from moepp.training.metrics import BitsPerByte
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay, by optimizer step.
+
+    Args:
+        lr: peak learning rate.
+        min_lr: where the cosine ends.
+        warmup_steps: steps from (almost) 0 to `lr`.
+        weight_decay: of matrices alone; gains and constants are not decayed.
+        betas: of AdamW.
+        eps: of AdamW.
+    """
+
+    lr: float = 5e-4
+    min_lr: float = 5e-5
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "optim.lr", self.lr, "must be positive")
+        require(0 <= self.min_lr <= self.lr, "optim.min_lr", self.min_lr, f"must be between 0 and lr={self.lr}")
+        require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must not be negative")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must not be negative")
+        for beta in self.betas:
+            require(0 <= beta < 1, "optim.betas", self.betas, "must be at least 0 and below 1")
+        require(self.eps > 0, "optim.eps", self.eps, "must be positive")
+
+    def lr_at(self, step: int, total_steps: int) -> float:
+        """Learning rate of optimizer step `step` (from 0) of `total_steps`."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, total_steps - 1 - self.warmup_steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return self.min_lr + (self.lr - self.min_lr) * cosine
+
+
+class LitMoE(L.LightningModule):
+    """A small MoE++ transformer and how it is trained.
+
+    Args:
+        transformer: sizes of the transformer; its vocabulary is the data's.
+        moe: experts, router and balance; every ablation is a switch here.
+        optim: AdamW and its schedule.
+        compile: torch.compile every block.
+    """
+
+    def __init__(
+        self,
+        transformer: TransformerConfig = TransformerConfig(),
+        moe: MoEConfig = MoEConfig(),
+        optim: OptimConfig = OptimConfig(),
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.transformer, self.moe, self.optim = transformer, moe, optim
+        self.model = Transformer(transformer, moe)
+        if compile:
+            for block in self.model.blocks:
+                block.compile()
+        self.gradient_norm = torch.tensor(float("nan"))
+
+    def setup(self, stage: str) -> None:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data.seq_len > self.transformer.context_length:
+            raise InputError(
+                f"data.seq_len: {data.seq_len} is longer than "
+                f"model.transformer.context_length={self.transformer.context_length}"
+            )
+        self.domains: list[str] = data.files.domains
+        self.perplexity = Perplexity(ignore_index=-100)
+        self.bits_per_byte = BitsPerByte(data.files.bytes_per_token, len(self.domains))
+        self.val_ffn_per_token = MeanMetric()
+        self.val_loss = MeanMetric()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Total loss = cross-entropy + β · mean of L_b over the layers. All but `loss` is for the monitor."""
+        output = self.model(batch["inputs"])
+        cross_entropy = F.cross_entropy(output.logits.flatten(0, 1).float(), batch["targets"].flatten())
+        balance = output.load_balance_loss()
+        routings = output.routings
+        kept = [routing.kept.float().mean() for routing in routings if routing.kept is not None]
+        return {
+            "loss": cross_entropy + self.moe.balance_weight * balance,
+            "cross_entropy": cross_entropy.detach(),
+            "balance": balance.detach(),
+            "tokens_per_expert_LE": torch.stack([routing.tokens_per_expert() for routing in routings]),
+            "dropped": 1 - torch.stack(kept).mean() if kept else balance.new_zeros(()),
+        }
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        output = self.model(batch["inputs"])
+        logits_BSV, targets_BS = output.logits.float(), batch["targets"]
+        nats_BS = F.cross_entropy(logits_BSV.transpose(1, 2), targets_BS, ignore_index=-100, reduction="none")
+        n_tokens = (targets_BS != -100).sum()
+        # among several devices one may have been left a batch without any target
+        self.val_loss.update(nats_BS.sum() / n_tokens.clamp(min=1), n_tokens)
+        self.perplexity.update(logits_BSV, targets_BS)
+        self.bits_per_byte.update(nats_BS, targets_BS, batch["domain"])
+        ffn = torch.stack(
+            [(routing.experts < self.moe.n_ffn).float().sum(1).mean() for routing in output.routings]
+        )
+        self.val_ffn_per_token.update(ffn.mean(), n_tokens)
+
+    def on_validation_epoch_end(self) -> None:
+        # "final" is on all held-out text, "val" on what limit_val_batches leaves of it
+        stage = "val" if self.trainer.state.fn == "fit" else "final"
+        overall, by_domain = self.bits_per_byte.compute()
+        metrics = {
+            "loss": self.val_loss.compute(),
+            "perplexity": self.perplexity.compute(),
+            "ffn_per_token": self.val_ffn_per_token.compute(),
+            "bits_per_byte": overall.float(),
+        }
+        for domain, bits in zip(self.domains, by_domain.reshape(-1), strict=True):  # torchmetrics squeezes
+            if bits.isfinite():
+                metrics[f"bits_per_byte/{domain}"] = bits.float()
+        staged = {f"{stage}/{name}": float(value) for name, value in metrics.items()}
+        self.log_dict(staged, logger=False)  # Lightning would log it under the step before
+        for logger in self.trainer.loggers:
+            logger.log_metrics(staged, step=self.trainer.global_step)
+        for metric in (self.val_loss, self.perplexity, self.val_ffn_per_token, self.bits_per_byte):
+            metric.reset()
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        decayed: list[Tensor] = []
+        others: list[Tensor] = []
+        for name, parameter in self.model.named_parameters():
+            matrix = parameter.dim() >= 2 and not name.endswith("constants")
+            (decayed if matrix else others).append(parameter)
+        groups = [
+            {"params": decayed, "weight_decay": self.optim.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        # fp16 needs its gradients unscaled before they are clipped, which a fused step would do too late
+        fused = str(self.trainer.precision) != "16-mixed"
+        optimizer = torch.optim.AdamW(groups, self.optim.lr, self.optim.betas, self.optim.eps, fused=fused)
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: self.optim.lr_at(step, total_steps) / self.optim.lr
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning clips, keeping the norm from before for the log."""
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        self.gradient_norm = torch.nn.utils.get_total_norm(gradients)
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.gradient_norm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        tokens = self.trainer.datamodule.files  # type: ignore[attr-defined]
+        checkpoint["moepp"] = {
+            "version": __version__,
+            "transformer": asdict(self.transformer),
+            "moe": asdict(self.moe),
+            "tokenizer": tokens.tokenizer_json,
+            "data_hash": tokens.meta["data_hash"],
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another shape, naming the first difference.
+
+        Raises:
+            InputError: made with another model or tokenizer.
+        """
+        saved = checkpoint["moepp"]
+        for part, config in (("transformer", self.transformer), ("moe", self.moe)):
+            for key, value in asdict(config).items():
+                if saved[part][key] != value and key not in FREE_TO_CHANGE:
+                    raise InputError(f"model.{part}.{key}: is {value}, the checkpoint's is {saved[part][key]}")
+        if saved["tokenizer"] != self.trainer.datamodule.files.tokenizer_json:  # type: ignore[attr-defined]
+            raise InputError("ckpt_path: was trained with another tokenizer than data.path has")
+
+
+# what a resumed run may set anew: none of it changes the shape or the meaning of a weight
+FREE_TO_CHANGE = {"balance_weight", "capacity_factor", "tau", "context_length", "init_std"}

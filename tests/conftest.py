@@ -1,0 +1,62 @@
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+SENTENCE = (
+    "the router sends every token to two experts and some of them do nothing at all "
+    "while others copy what they see or add a constant vector to it"
+)
+WORDS = SENTENCE.split()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Tiny matrices gain nothing from a second thread, and results do not depend on how many there are."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 90 kB of sentences with something to learn in them."""
+    rng = random.Random(0)
+    lines = []
+    for _ in range(1500):
+        start = rng.randrange(len(WORDS))
+        lines.append(" ".join(WORDS[(start + i) % len(WORDS)] for i in range(rng.randint(4, 18))) + ".")
+    path = tmp_path_factory.mktemp("text") / "small.txt"
+    path.write_text("\n\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current directory: runs/ and data/prepared/ appear here."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tiny(text: Path, recipe: str = "moepp.yaml") -> list[str]:
+    """The options that shrink any recipe to seconds."""
+    return [
+        f"--config={RECIPES / recipe}",
+        f"--data.path={text}",
+        "--data.vocab_size=320",
+        "--data.batch_size=4",
+        "--model.transformer.n_layers=2",
+        "--model.transformer.hidden_size=32",
+        "--model.transformer.intermediate_size=48",
+        "--model.transformer.n_heads=2",
+        "--model.transformer.context_length=32",
+        "--model.optim.lr=0.01",
+        "--model.optim.min_lr=0.001",
+        "--model.optim.warmup_steps=2",
+        "--model.compile=false",
+        "--trainer.accelerator=cpu",
+        "--trainer.accumulate_grad_batches=1",
+        "--trainer.val_check_interval=2",
+        "--trainer.limit_val_batches=2",
+        "--trainer.log_every_n_steps=1",
+    ]

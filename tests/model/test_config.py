@@ -1,0 +1,55 @@
+import pytest
+
+from moepp.model import InputError, MoEConfig, TransformerConfig
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"n_ffn": 0}, "moe.n_ffn: must be at least 1, got 0"),
+        ({"n_zero": -1}, "moe.n_zero: must not be negative, got -1"),
+        ({"top_k": 13}, "moe.top_k: must not exceed the 12 experts, got 13"),
+        ({"top_k": 0}, "moe.top_k: must be at least 1, got 0"),
+        ({"tau": 0.0}, "moe.tau: must be positive, got 0.0"),
+        ({"tau": float("nan")}, "moe.tau: must be positive, got nan"),
+        ({"capacity_factor": 0.0}, "moe.capacity_factor: must be positive, or null for no limit, got 0.0"),
+        ({"router_depth": 3}, "moe.router_depth: must be 1 or 2, got 3"),
+    ],
+)
+def test_impossible_moe(bad: dict, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        MoEConfig(**bad)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"n_heads": 3}, "transformer.n_heads: must divide hidden_size=256, got 3"),
+        ({"n_heads": 256}, "transformer.n_heads: must leave an even head size for RoPE, not 1, got 256"),
+        ({"n_kv_heads": 3}, "transformer.n_kv_heads: must divide n_heads=4, got 3"),
+        ({"n_layers": 0}, "transformer.n_layers: must be at least 1, got 0"),
+        ({"n_heads": 0}, "transformer.n_heads: must be at least 1, got 0"),
+        ({"rope_theta": 0.0}, "transformer.rope_theta: must be positive, got 0.0"),
+    ],
+)
+def test_impossible_transformer(bad: dict, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        TransformerConfig(**bad)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(("tau", "share"), [(0.1, 1 / 6), (0.25, 1 / 3), (0.5, 1 / 2), (0.75, 0.6), (1.0, 2 / 3)])
+def test_ffn_share_is_the_inverse_of_the_papers_ideal(tau: float, share: float) -> None:
+    """The ideal speed-ups of the 0.6B model: 6.00, 3.00, 2.00, 1.67 and 1.50."""
+    assert MoEConfig(tau=tau).ffn_share == pytest.approx(share)
+
+
+def test_kinds_are_in_the_released_order() -> None:
+    kinds = MoEConfig(n_ffn=3, n_const=2, n_copy=1, n_zero=2).kinds
+    assert {kind: list(range(8))[where] for kind, where in kinds.items()} == {
+        "ffn": [0, 1, 2],
+        "const": [3, 4],
+        "copy": [5],
+        "zero": [6, 7],
+    }

@@ -1,0 +1,109 @@
+"""The released checkpoint format: reference vectors from the released code, and there and back."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moepp.model import InputError, MoEConfig, Transformer, TransformerConfig, export_released, load_released
+
+REFERENCE = Path(__file__).parent / "reference"
+FOLDERS = ["released_linear_gate", "released_two_layer_gate", "released_no_input_scale"]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_logits_and_router_logits(folder: str) -> None:
+    """Float32 on a CPU, within 1e-4 of the largest magnitude in each tensor."""
+    expected = load_file(REFERENCE / folder / "expected.safetensors")
+    with torch.no_grad():
+        output = load_released(REFERENCE / folder)(expected.pop("input_ids"))
+    actual = {"logits": output.logits} | {f"router_logits.{i}": r.logits for i, r in enumerate(output.routings)}
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (actual[name] - value).abs().max() <= 1e-4 * value.abs().max(), name
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_export_writes_the_same_tensors(folder: str, tmp_path: Path) -> None:
+    export_released(load_released(REFERENCE / folder), tmp_path)
+    before, after = (
+        load_file(REFERENCE / folder / "model.safetensors"),
+        load_file(tmp_path / "model.safetensors"),
+    )
+    before["model.layers.0.mlp.moe.gate.gate_map.weight"].zero_()  # stands there unused
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    old, new = (json.loads((path / "config.json").read_text()) for path in (REFERENCE / folder, tmp_path))
+    assert {key: old[key] for key in new if key in old} == {key: new[key] for key in new if key in old}
+
+
+@pytest.mark.parametrize("gating_residual", [True, False])
+@pytest.mark.parametrize("tie", [True, False])
+def test_own_model_survives_export(tmp_path: Path, gating_residual: bool, tie: bool) -> None:
+    config = TransformerConfig(64, 2, 16, 24, 2, context_length=8, tie_embeddings=tie)
+    model = Transformer(config, MoEConfig(n_ffn=4, gating_residual=gating_residual)).eval()
+    export_released(model, tmp_path)
+    tokens = torch.arange(8).view(1, 8)
+    torch.testing.assert_close(load_released(tmp_path)(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("moe", "message"),
+    [
+        (MoEConfig(n_const=1), "moe.n_const: the released format holds exactly 2, got 1"),
+        (MoEConfig(top_k=1), "moe.top_k: the released format holds exactly 2, got 1"),
+    ],
+)
+def test_what_the_format_cannot_hold(tmp_path: Path, moe: MoEConfig, message: str) -> None:
+    model = Transformer(TransformerConfig(64, 1, 16, 24, 2), moe)
+    with pytest.raises(InputError, match=message):
+        export_released(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bin_shards(tmp_path: Path) -> None:
+    tensors = load_file(REFERENCE / FOLDERS[0] / "model.safetensors")
+    names = sorted(tensors)
+    for i, half in enumerate((names[::2], names[1::2])):
+        torch.save({name: tensors[name] for name in half}, tmp_path / f"pytorch_model-{i}.bin")
+    shutil.copy(REFERENCE / FOLDERS[0] / "config.json", tmp_path)
+    expected = load_released(REFERENCE / FOLDERS[0]).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in load_released(tmp_path).state_dict().items())
+
+
+def test_bin_files_cannot_run_code(tmp_path: Path) -> None:
+    shutil.copy(REFERENCE / FOLDERS[0] / "config.json", tmp_path)
+    torch.save({"x": Path.home}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"pytorch_model.bin: cannot be read"):
+        load_released(tmp_path)
+
+
+def damage_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "is not a released MoE\\+\\+ config"),
+        (lambda f: damage_config(f, model_type="mixtral"), "model_type is 'mixtral'"),
+        (lambda f: damage_config(f, vocab_size=None), "has no key 'vocab_size'"),
+        (lambda f: damage_config(f, vocab_size=64), "makes embedding.weight"),
+        (lambda f: damage_config(f, num_hidden_layers=9), "has no tensor"),
+        (lambda f: (f / "model.safetensors").unlink(), "has neither"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"garbage"), "cannot be read"),
+        (lambda f: save_file({"x": torch.ones(1)}, f / "model.safetensors"), "has no tensor"),
+    ],
+)
+def test_damaged_folders(tmp_path: Path, damage, message: str) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(REFERENCE / FOLDERS[0] / name, tmp_path)
+    damage(tmp_path)
+    with pytest.raises(InputError, match=message) as error:
+        load_released(tmp_path)
+    assert "\n" not in str(error.value)

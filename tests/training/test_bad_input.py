@@ -1,0 +1,125 @@
+"""Bad input ends in one line that names the cause and exit code 2, and nothing is overwritten or left behind."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from moepp.cli import main
+from tests.conftest import tiny
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Runs a verb that must be refused; returns its one line."""
+    capsys.readouterr()
+    before = snapshot()
+    assert main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    after = snapshot()
+    assert {name: after.get(name) for name in before} == before
+    assert not [name for name in after if name.startswith("runs/") and name not in before]
+    return lines[0]
+
+
+def snapshot() -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--model.moe.n_zeros=1", "--model.moe.n_zeros=1 (did you mean model.moe.n_zero?)"),
+        ("--model.moe.n_ffn=many", 'Parser key "model.moe.n_ffn"'),
+        ("--model.moe.gating_residual=perhaps", 'Parser key "model.moe.gating_residual"'),
+        ("--model.moe.n_ffn=0", "moe.n_ffn: must be at least 1, got 0"),
+        ("--model.moe.top_k=13", "moe.top_k: must not exceed the 12 experts, got 13"),
+        ("--model.moe.tau=0", "moe.tau: must be positive, got 0.0"),
+        ("--model.moe.tau=-1", "moe.tau: must be positive, got -1.0"),
+        ("--model.moe.capacity_factor=0", "moe.capacity_factor: must be positive"),
+        ("--model.transformer.n_heads=3", "transformer.n_heads: must divide hidden_size=32, got 3"),
+        ("--data.seq_len=64", "data.seq_len: 64 is longer than model.transformer.context_length=32"),
+        ("--data.batch_size=0", "data.batch_size"),
+        ("--model.optim.lr=0", "optim.lr: must be positive, got 0.0"),
+        ("--config=nowhere.yaml", "nowhere.yaml"),
+        ("--ckpt_path=nowhere.ckpt", "ckpt_path: nowhere.ckpt does not exist"),
+        ("--ckpt_path=last", "runs/moepp has no checkpoint"),
+        ("--data.path=nowhere.txt", "nowhere.txt"),
+    ],
+)
+def test_options(text_file: Path, workdir: Path, capsys, option: str, message: str) -> None:
+    assert message in refused(capsys, "fit", *tiny(text_file), option)
+
+
+def test_recipes(text_file: Path, workdir: Path, capsys) -> None:
+    for text, message in {
+        "model: {moe: {taus: 1}}": "model.moe.taus",
+        "model: [": "is not YAML",
+        "base: nowhere.yaml": "nowhere.yaml does not exist",
+        "base: bad.yaml": "go round in a circle",
+        "data: {seq_len: '${model.transformer.width}'}": "width",
+    }.items():
+        Path("bad.yaml").write_text(text)
+        assert message in refused(capsys, "fit", *tiny(text_file), "--config=bad.yaml")
+
+
+def test_text(text_file: Path, workdir: Path, capsys) -> None:
+    Path("empty.txt").write_text("")
+    Path("short.txt").write_text("A few words.\n\nAnd some more.")
+    Path("latin1.txt").write_bytes(text_file.read_bytes()[:5000] + b"\xe9t\xe9")
+    Path("folder").mkdir()
+    Path("cut.txt.gz").write_bytes(gzip.compress(text_file.read_bytes())[:500])
+    for name in ("empty.txt", "short.txt", "latin1.txt", "folder", "cut.txt.gz"):
+        assert name in refused(capsys, "fit", *tiny(text_file), f"--data.path={name}")
+        assert name in refused(capsys, "prepare", name)
+
+
+def test_token_files(text_file: Path, workdir: Path, capsys) -> None:
+    assert main(["prepare", str(text_file), "--vocab_size=320"]) == 0
+    (whole,) = Path("data/prepared").glob("small*")
+
+    def damaged(name: str) -> Path:
+        return Path(shutil.copytree(whole, name))
+
+    truncated = damaged("truncated")
+    (truncated / "train.bin").write_bytes((whole / "train.bin").read_bytes()[:-2])
+    assert "train.bin" in refused(capsys, "fit", *tiny(text_file), "--data.path=truncated")
+    other = damaged("other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"].pop()
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "another tokenizer" in refused(capsys, "fit", *tiny(text_file), "--data.path=other")
+    assert "data.vocab_size" in refused(
+        capsys, "fit", *tiny(text_file), f"--data.path={whole}", "--data.vocab_size=512"
+    )
+
+
+def test_checkpoints(text_file: Path, workdir: Path, capsys) -> None:
+    assert main(["fit", *tiny(text_file), "--trainer.max_steps=2"]) == 0
+    good = "runs/moepp/1/checkpoints/last.ckpt"
+    message = refused(capsys, "fit", *tiny(text_file), "--model.moe.n_ffn=4", f"--ckpt_path={good}")
+    assert "model.moe.n_ffn: is 4, the checkpoint's is 8" in message
+    assert "hidden_size" in refused(
+        capsys, "fit", *tiny(text_file), "--model.transformer.hidden_size=64", f"--ckpt_path={good}"
+    )
+    Path("other.txt").write_text(text_file.read_text().upper())
+    assert "another tokenizer" in refused(capsys, "fit", *tiny(Path("other.txt")), f"--ckpt_path={good}")
+    Path("cut.ckpt").write_bytes(Path(good).read_bytes()[:-1000])
+    torch.save({"state_dict": {}}, "foreign.ckpt")
+    torch.save({"moepp": Path.home}, "code.ckpt")
+    for name in ("cut.ckpt", "foreign.ckpt", "code.ckpt"):
+        assert name in refused(capsys, "generate", "--ckpt", name)
+        assert name in refused(capsys, "export", "out", "--ckpt", name)
+        assert name in refused(capsys, "fit", *tiny(text_file), f"--ckpt_path={name}")
+    assert "32" in refused(capsys, "generate", "--ckpt", good, "--max_new_tokens=40")
+    assert "temperature" in refused(capsys, "generate", "--ckpt", good, "--temperature=-1")
+
+
+def test_verbs(workdir: Path, capsys) -> None:
+    assert "unknown verb 'trian'" in refused(capsys, "trian")
+    assert "train first" in refused(capsys, "generate")
+    assert "nowhere" in refused(capsys, "import", "nowhere", "out.ckpt")
