@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,7 @@ def batch_seq_len(trainer: L.Trainer) -> int:
     return trainer.datamodule.seq_len  # type: ignore[attr-defined]
 
 
+@cache
 def peak_flops(device: torch.device, precision: str) -> int | None:
     """The device's peak in FLOP/s at this precision, None where nobody has written it down."""
     return get_available_flops(device, DTYPES.get(precision, torch.float32)) if device.type == "cuda" else None

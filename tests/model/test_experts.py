@@ -3,26 +3,70 @@
 import pytest
 import torch
 
-from moepp.model import MoEConfig, MoELayer
-from moepp.model.experts import grouped_swiglu, looped_swiglu, use_grouped
+from moepp.model import MoEConfig, MoELayer, Transformer, TransformerConfig, experts
+from moepp.model.experts import use_grouped
+from moepp.model.grouped import grouped_experts, grouped_swiglu
+from moepp.model.looped import looped_experts
 
 COUNTS = ([3, 0, 5, 1], [0, 0, 0, 9], [9, 0, 0, 0], [2, 3, 2, 1])
 
 
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("tail", [0, 4])
-def test_grouped_mm_equals_the_loop(counts: list[int], tail: int) -> None:
+def test_grouped_mm_equals_a_product_per_expert(counts: list[int], tail: int) -> None:
     torch.manual_seed(0)
     n = sum(counts)
     x = torch.randn(n + tail, 16)
     w_gate_up, w_down = torch.randn(4, 48, 16, requires_grad=True), torch.randn(4, 16, 24, requires_grad=True)
+
+    def one_by_one(rows: torch.Tensor) -> torch.Tensor:
+        outputs = []
+        for part, gate_up, down in zip(rows.split(counts), w_gate_up, w_down, strict=True):
+            gate, up = (part @ gate_up.T).chunk(2, dim=-1)
+            outputs.append((torch.nn.functional.silu(gate) * up) @ down.T)
+        return torch.cat(outputs)
+
     results = []
-    for compute, rows in ((looped_swiglu, x[:n]), (grouped_swiglu, x)):
-        rows = rows.clone().requires_grad_()
-        y = compute(rows, w_gate_up, w_down, torch.tensor(counts))[:n]
+    for rows in (x[:n].clone().requires_grad_(), x.clone().requires_grad_()):
+        whole = len(rows) == n and not results
+        y = one_by_one(rows) if whole else grouped_swiglu(rows, w_gate_up, w_down, torch.tensor(counts))[:n]
         results.append((y, *torch.autograd.grad(y.square().sum(), (rows, w_gate_up, w_down))))
-    for loop, grouped in zip(*results, strict=True):
-        torch.testing.assert_close(grouped[: len(loop)], loop, rtol=2e-5, atol=2e-3)
+    for expected, grouped in zip(*results, strict=True):
+        torch.testing.assert_close(grouped[: len(expected)], expected, rtol=2e-5, atol=2e-3)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 37])
+def test_back_ends_agree_in_float32(n_tokens: int) -> None:
+    torch.manual_seed(0)
+    layer = MoELayer(16, 24, MoEConfig(n_ffn=4))
+    x = torch.randn(n_tokens, 16, requires_grad=True)
+    routing = layer(x)[1]
+    gates = routing.gates.detach().requires_grad_()
+    results = []
+    for compute in (looped_experts, grouped_experts):
+        args = (x, gates, layer.ffn.w_gate_up, layer.ffn.w_down, routing.experts, routing.experts < 4)
+        y = compute(*args)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, gates, *layer.ffn.parameters()))))
+    for looped, grouped in zip(*results, strict=True):
+        torch.testing.assert_close(grouped, looped, rtol=1e-4, atol=1e-7)
+
+
+def test_the_gpu_path_compiles_into_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop's row counts are read on the host, so that path breaks the graph there, on purpose."""
+    monkeypatch.setattr(experts, "use_grouped", lambda x, w: True)
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(64, 2, 16, 24, 2, context_length=16), MoEConfig(n_ffn=4))
+    block = model.blocks[1]
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    x, previous = torch.randn(2, 16, 16, requires_grad=True), torch.randn(32, 8)
+    results = []
+    for run in (block, compiled):
+        with torch.autocast("cpu", torch.bfloat16):
+            y, routing = run(x, model.rope_2Sd, previous)
+        loss = y.float().sum() + routing.load_balance_loss()
+        results.append((y, routing.logits, *torch.autograd.grad(loss, (x, *block.parameters()))))
+    for eager, graph in zip(*results, strict=True):
+        torch.testing.assert_close(graph, eager, rtol=2e-2, atol=1e-2)
 
 
 def test_the_loop_is_chosen_on_a_cpu() -> None:

@@ -1,0 +1,84 @@
+"""Every recipe is valid, has the parameters that its comment promises, and takes two steps when shrunk."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from moepp.cli import main
+from moepp.model import MoEConfig, Transformer, TransformerConfig, count_parameters
+from moepp.training.lightning_cli import with_bases
+from tests.conftest import RECIPES, tiny
+
+NAMES = sorted(str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml"))
+
+
+def resolve(name: str) -> tuple[TransformerConfig, MoEConfig]:
+    """The model of a recipe, its bases merged by hand."""
+    merged: dict[str, dict] = {"transformer": {}, "moe": {}}
+    vocab_size = 8192
+    for path in with_bases(RECIPES / name):
+        recipe = yaml.safe_load(path.read_text())
+        for part, values in merged.items():
+            values.update(recipe.get("model", {}).get(part, {}))
+        vocab_size = recipe.get("data", {}).get("vocab_size", vocab_size)
+    return TransformerConfig(vocab_size=vocab_size, **merged["transformer"]), MoEConfig(**merged["moe"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_builds_on_the_meta_device_with_the_counted_parameters(name: str) -> None:
+    transformer, moe = resolve(name)
+    with torch.device("meta"):
+        model = Transformer(transformer, moe)
+    assert sum(p.numel() for p in model.parameters()) == count_parameters(transformer, moe).total
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_takes_two_steps_when_shrunk(name: str, text_file: Path, workdir: Path) -> None:
+    assert main(["fit", *tiny(text_file, name), "--trainer.max_steps=2"]) == 0
+    assert (workdir / "runs" / Path(name).stem / "1" / "result.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "shape"),
+    [
+        ("sizes/0.6b.yaml", 582_146_352, (12, 768, 2048, 12, 64, 8, 1, 1, 2)),
+        ("sizes/1b.yaml", 1_035_207_728, (12, 768, 2048, 12, 64, 16, 1, 1, 2)),
+        ("sizes/2b.yaml", 1_941_485_504, (12, 768, 2048, 12, 64, 32, 1, 1, 6)),
+        ("sizes/7b.yaml", 7_676_619_248, (24, 1536, 4096, 16, 96, 16, 1, 1, 2)),
+    ],
+)
+def test_sizes_are_the_papers(name: str, total: int, shape: tuple[int, ...]) -> None:
+    """Table 1 of the paper; the totals are 3·D·H per FFN expert and so on, worked out by hand for 0.6B below."""
+    t, m = resolve(name)
+    actual = (t.n_layers, t.hidden_size, t.intermediate_size, t.n_heads, t.head_dim)
+    assert (*actual, m.n_ffn, m.n_zero, m.n_copy, m.n_const) == shape
+    assert (t.vocab_size, t.context_length, m.top_k, m.tau, m.capacity_factor) == (65536, 2048, 2, 0.75, 1.1)
+    assert count_parameters(t, m).total == total
+
+
+def test_the_0_6b_total_by_hand() -> None:
+    embedding_and_head = 2 * 65536 * 768
+    attention = 12 * 4 * 768 * 768
+    experts = 12 * 8 * 3 * 768 * 2048
+    router = 12 * 12 * 768 + 11 * 12 * 12
+    constants = 12 * 2 * 3 * 768
+    norms = 25 * 768
+    assert embedding_and_head + attention + experts + router + constants + norms == 582_146_352
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "ablations" in name or name == "vanilla.yaml"])
+def test_ablations_change_only_what_they_name(name: str) -> None:
+    (transformer, moe), (base_transformer, base_moe) = resolve(name), resolve("moepp.yaml")
+    assert transformer == base_transformer
+    changed = {key for key in vars(moe) if getattr(moe, key) != getattr(base_moe, key)}
+    stem = Path(name).stem
+    kinds = {"n_zero", "n_copy", "n_const"}
+    if stem == "vanilla":
+        assert changed == kinds | {"gating_residual"}
+    elif stem == "no_residual":
+        assert changed == {"gating_residual"}
+    else:
+        which, kind = stem.split("_")
+        assert changed == ({f"n_{kind}"} if which == "no" else kinds - {f"n_{kind}"})

@@ -1,0 +1,83 @@
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from moepp.model import InputError, MoEConfig, TransformerConfig, count_parameters, flops_per_token
+from moepp.training.metrics import BitsPerByte
+from moepp.training.module import LitMoE, OptimConfig
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine() -> None:
+    optim = OptimConfig(lr=1.0, min_lr=0.1, warmup_steps=4)
+    rates = [optim.lr_at(step, total_steps=15) for step in range(15)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[9] == pytest.approx(0.55)  # half-way
+    assert rates[14] == pytest.approx(0.1)
+    assert optim.lr_at(99, 15) == pytest.approx(0.1)
+    assert all(a >= b for a, b in pairwise(rates[4:]))
+
+
+def test_only_matrices_are_decayed() -> None:
+    module = LitMoE(TransformerConfig(64, 2, 16, 24, 2), MoEConfig())
+    module._trainer = type("Trainer", (), {"precision": "32-true", "estimated_stepping_batches": 10})()
+    optimizer = module.configure_optimizers()["optimizer"]
+    decayed, others = optimizer.param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    names = {id(parameter): name for name, parameter in module.model.named_parameters()}
+    kept_whole = {names[id(parameter)].split(".")[-2:][-1] for parameter in others["params"]}
+    assert kept_whole == {"constants", "weight"}
+    assert all("norm" in names[id(p)] or "constants" in names[id(p)] for p in others["params"])
+    assert len(decayed["params"]) + len(others["params"]) == len(names)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"lr": 0.0}, {"min_lr": 1.0}, {"warmup_steps": -1}, {"weight_decay": -1.0}, {"betas": (0.9, 1.0)}]
+)
+def test_impossible_optimizer(bad: dict) -> None:
+    with pytest.raises(InputError, match=f"optim.{next(iter(bad))}"):
+        OptimConfig(**bad)
+
+
+def test_bits_per_byte_by_hand() -> None:
+    metric = BitsPerByte(torch.tensor([0, 1, 3]), n_domains=3)
+    # domain 0: tokens of 1 and 3 bytes at 2 and 4 bits, an end of text and padding that do not count
+    bits = torch.tensor([[2.0, 4.0, 9.0, 9.0], [6.0, 0.0, 0.0, 0.0]])
+    targets = torch.tensor([[1, 2, 0, -100], [2, -100, -100, -100]])
+    metric.update(bits * math.log(2), targets, torch.tensor([0, 2]))
+    overall, by_domain = metric.compute()
+    assert overall.item() == pytest.approx((2 + 4 + 6) / (1 + 3 + 3))
+    assert by_domain[0].item() == pytest.approx(6 / 4)
+    assert by_domain[1].isnan()
+    assert by_domain[2].item() == pytest.approx(6 / 3)
+
+
+def test_flops_by_hand() -> None:
+    """2 per weight that a token meets, the head included, plus attention over half the sequence on average."""
+    t, m = TransformerConfig(64, 2, 16, 24, 4, n_kv_heads=2), MoEConfig(n_const=0, n_zero=2, n_copy=2)
+    count = count_parameters(t, m)
+    weights = 64 * 16 + count.attention + 2 * m.n_experts * 16 + 2 * 1.5 * count.one_ffn_expert
+    assert flops_per_token(t, m, seq_len=10, ffn_per_token=1.5) == 2 * weights + 2 * (2 * 2 * 16 * 5)
+
+
+def test_validation_weighs_tokens_not_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of nothing but padding (as one of several devices may get) changes nothing, and is no NaN."""
+    torch.manual_seed(0)
+    module = LitMoE(TransformerConfig(64, 1, 16, 24, 2, context_length=8), MoEConfig()).eval()
+    files = type("Files", (), {"domains": ["a"], "bytes_per_token": torch.ones(64, dtype=torch.long)})
+    data = type("Data", (), {"files": files, "seq_len": 8})
+    module._trainer = type("Trainer", (), {"datamodule": data})()
+    module.setup("fit")
+    inputs, domain = torch.randint(64, (2, 8)), torch.zeros(2, dtype=torch.long)
+    targets = torch.randint(64, (2, 8))
+    targets[1, 3:] = -100
+    module.validation_step({"inputs": inputs, "targets": targets, "domain": domain}, 0)
+    module.validation_step({"inputs": inputs, "targets": torch.full((2, 8), -100), "domain": domain}, 1)
+    logits = module.model(inputs).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    assert module.val_loss.compute().item() == pytest.approx(expected.item(), rel=1e-6)
+    assert module.perplexity.compute().item() == pytest.approx(expected.exp().item(), rel=1e-5)
+    overall, _ = module.bits_per_byte.compute()
+    assert overall.item() == pytest.approx(expected.item() / math.log(2), rel=1e-6)
