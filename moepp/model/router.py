@@ -43,6 +43,11 @@ class Routing:
         return balance.count_assignments(self.experts, self.moe.n_experts)
 
 
+def mean_load_balance_loss(routings: list[Routing]) -> Tensor:
+    """Mean of L_b over the MoE layers, what β multiplies."""
+    return torch.stack([routing.load_balance_loss() for routing in routings]).mean()
+
+
 class Router(nn.Module):
     """G_j = W_j x_j + W_g,j G_(j-1) (equation 6), then softmax, top-k, and gates renormalised over the chosen.
 

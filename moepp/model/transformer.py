@@ -88,10 +88,6 @@ class Output:
     logits: Tensor
     routings: list[Routing]
 
-    def load_balance_loss(self) -> Tensor:
-        """Mean of L_b over the MoE layers."""
-        return torch.stack([routing.load_balance_loss() for routing in self.routings]).mean()
-
 
 class Transformer(nn.Module):
     """tokens (B, S) → Output. Each layer's router hands its logits to the next."""
@@ -112,7 +108,12 @@ class Transformer(nn.Module):
         init_parameters(self, seed, config.init_std, config.n_layers)
 
     def forward(self, tokens_BS: Tensor, caches: list[KVCache] | None = None) -> Output:
-        """With `caches` (one per layer) `tokens_BS` continues the positions that these have seen.
+        """With `caches` (one per layer) `tokens_BS` continues the positions that these have seen."""
+        hidden_BSD, routings = self.hidden(tokens_BS, caches)
+        return Output(self.head(hidden_BSD), routings)
+
+    def hidden(self, tokens_BS: Tensor, caches: list[KVCache] | None = None) -> tuple[Tensor, list[Routing]]:
+        """What the head receives, (B, S, D), and the routings.
 
         Raises:
             InputError: more positions than `context_length`.
@@ -128,7 +129,7 @@ class Transformer(nn.Module):
             previous_logits = routings[-1].logits if routings else None
             x_BSD, routing = block(x_BSD, rope_2Sd, previous_logits, caches[i] if caches else None)
             routings.append(routing)
-        return Output(self.head(self.norm(x_BSD)), routings)
+        return self.norm(x_BSD), routings
 
 
 def rope_table(config: TransformerConfig) -> Tensor:

@@ -13,7 +13,14 @@ from torchmetrics import MeanMetric
 from torchmetrics.text import Perplexity
 
 from moepp import __version__
-from moepp.model import InputError, MoEConfig, Transformer, TransformerConfig
+from moepp.model import (
+    InputError,
+    MoEConfig,
+    Transformer,
+    TransformerConfig,
+    linear_cross_entropy,
+    mean_load_balance_loss,
+)
 from moepp.model.config import require
 from moepp.training.metrics import BitsPerByte
 
@@ -96,10 +103,11 @@ class LitMoE(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Total loss = cross-entropy + β · mean of L_b over the layers. All but `loss` is for the monitor."""
-        output = self.model(batch["inputs"])
-        cross_entropy = F.cross_entropy(output.logits.flatten(0, 1).float(), batch["targets"].flatten())
-        balance = output.load_balance_loss()
-        routings = output.routings
+        hidden_BSD, routings = self.model.hidden(batch["inputs"])
+        cross_entropy = linear_cross_entropy(
+            hidden_BSD.flatten(0, 1), self.model.head.weight, batch["targets"].flatten()
+        )
+        balance = mean_load_balance_loss(routings)
         kept = [routing.kept.float().mean() for routing in routings if routing.kept is not None]
         return {
             "loss": cross_entropy + self.moe.balance_weight * balance,
