@@ -1,8 +1,8 @@
 """Cross-entropy of an output head without ever holding all logits.
 
-N tokens, D hidden size, V vocabulary. The (N, V) logits are the largest tensor of a small model. Computed in chunks
-that fit the cache, with their gradient taken at once, they take about half the time on a CPU and little memory on a
-GPU (figures in recipes/results/LOG.md).
+N tokens, D hidden size, V vocabulary. The (N, V) logits are the largest tensor of a small model. Computed in
+chunks that fit the cache, with their gradient taken at once, they take about half the time on a CPU and little
+memory on a GPU (figures in recipes/results/LOG.md).
 """
 
 from typing import Any
