@@ -9,9 +9,10 @@ ARGS   ?=
 VENV  := .venv
 MOEPP := $(VENV)/bin/moepp
 DATA_ARG := $(if $(DATA),--data.path='$(DATA)')
+BASE_ARG := $(if $(filter-out file,$(origin RECIPE)),--base=$(RECIPE))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data train resume generate test lint
+.PHONY: help setup data train compare ablate resume generate test lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,7 +25,7 @@ setup: $(VENV)/.done ## make .venv and install what is needed, once
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,study]'
 	@touch $@
 
 data: setup ## text → tokenizer → token files (a second call does nothing)
@@ -32,6 +33,12 @@ data: setup ## text → tokenizer → token files (a second call does nothing)
 
 train: setup ## train RECIPE on DATA
 	$(MOEPP) fit --config $(RECIPE) $(DATA_ARG) $(ARGS)
+
+compare: setup ## vanilla MoE against MoE++ over 3 seeds: a table, a report (ARGS=--quick, ARGS=--dry_run)
+	$(MOEPP) ablate --matrix recipes/compare.yaml $(BASE_ARG) $(DATA_ARG) $(ARGS)
+
+ablate: setup ## the same for the paper's ablations
+	$(MOEPP) ablate --matrix recipes/ablate.yaml $(BASE_ARG) $(DATA_ARG) $(ARGS)
 
 resume: setup ## continue the newest run of RECIPE
 	$(MOEPP) fit --config $(RECIPE) $(DATA_ARG) --ckpt_path last $(ARGS)

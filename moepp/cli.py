@@ -9,6 +9,11 @@ VERBS = {  # verb: (module, function of (verb, arguments), what it does)
     "fit": ("moepp.training.lightning_cli", "run", "train: moepp fit --config recipes/moepp.yaml"),
     "validate": ("moepp.training.lightning_cli", "run", "validation loss of a checkpoint"),
     "test": ("moepp.training.lightning_cli", "run", "the same on all held-out text"),
+    "ablate": (
+        "moepp.study.ablate",
+        "run",
+        "variants × seeds → a report: --matrix recipes/compare.yaml",
+    ),
     "prepare": ("moepp.training.commands", "run", "text → tokenizer → token files"),
     "generate": ("moepp.training.commands", "run", "text from a checkpoint"),
     "import": ("moepp.training.commands", "run", "a released (Hugging Face) folder → a checkpoint"),

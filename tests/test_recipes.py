@@ -11,7 +11,8 @@ from moepp.model import MoEConfig, Transformer, TransformerConfig, count_paramet
 from moepp.training.lightning_cli import with_bases
 from tests.conftest import RECIPES, tiny
 
-NAMES = sorted(str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml"))
+MATRICES = {"compare.yaml", "ablate.yaml"}  # of recipes; tests/study has their tests
+NAMES = sorted({str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml")} - MATRICES)
 
 
 def resolve(name: str) -> tuple[TransformerConfig, MoEConfig]:

@@ -1,0 +1,39 @@
+import csv
+from pathlib import Path
+
+from moepp.training.csv_log import CSVLog
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_row_per_step_whole_at_every_moment(tmp_path: Path) -> None:
+    log = CSVLog(tmp_path)
+    log.log_metrics({"a": 1.0}, step=1)
+    assert rows(tmp_path) == [{"step": "1", "a": "1.0"}]
+    log.log_metrics({"a": 2.0}, step=2)
+    log.log_metrics({"b": 3.0}, step=2)  # a new column, in the same row
+    log.log_metrics({"a": 4.0, "b": 5.0}, step=3)
+    log.log_metrics({"b": 6.0}, step=3)  # replaces the last row
+    assert rows(tmp_path) == [
+        {"step": "1", "a": "1.0", "b": ""},
+        {"step": "2", "a": "2.0", "b": "3.0"},
+        {"step": "3", "a": "4.0", "b": "6.0"},
+    ]
+
+
+def test_a_resumed_run_continues_the_file(tmp_path: Path) -> None:
+    log = CSVLog(tmp_path)
+    for step in range(1, 6):
+        log.log_metrics({"a": float(step)}, step=step)
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("6")  # a crash in the middle of a row
+    log = CSVLog(tmp_path)
+    log.rewind(3)
+    log.log_metrics({"a": 40.0}, step=4)
+    log.log_metrics({"a": 50.0}, step=5)
+    assert [(row["step"], row["a"]) for row in rows(tmp_path)] == [
+        ("1", "1.0"), ("2", "2.0"), ("3", "3.0"), ("4", "40.0"), ("5", "50.0"),
+    ]  # fmt: skip
