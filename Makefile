@@ -1,6 +1,6 @@
 # Everything here sets itself up: on a machine with Python 3.11 or 3.12, git and make, `make train` is enough.
 
-PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3)
+PYTHON ?= $(shell for p in python3.12 python3.11; do $$p -c '' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
 RECIPE ?= recipes/moepp.yaml
 DATA   ?=
 PROMPT ?=

@@ -27,6 +27,7 @@ from moepp.training.checkpoint import newest_checkpoint, read_checkpoint
 from moepp.training.csv_log import CSVLog
 from moepp.training.data import TokenDataModule
 from moepp.training.module import LitMoE
+from moepp.training.stop import StopOnSignal
 from moepp.training.tokens import padded_vocab_size
 
 TRAINER_DEFAULTS = {
@@ -121,6 +122,7 @@ class MoECLI(LightningCLI):
             ]
         callbacks: list[L.Callback] = [Monitor(), Summary(self.run_dir)]
         if config["enable_checkpointing"] is not False:
+            callbacks.append(StopOnSignal(self.run_dir / "checkpoints" / "last.ckpt"))
             callbacks.append(
                 ModelCheckpoint(
                     self.run_dir / "checkpoints",

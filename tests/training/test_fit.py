@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from moepp.cli import main
 from moepp.training.checkpoint import load_model
+from moepp.training.module import LitMoE
 from tests.conftest import RECIPES, tiny
 
 
@@ -141,3 +144,80 @@ def test_vanilla_differs_in_nothing_but_the_switches(capsys: pytest.CaptureFixtu
         ("n_const: 2", "n_const: 0"),
         ("gating_residual: true", "gating_residual: false"),
     }
+
+
+def test_accumulation_and_precision(text_file: Path, workdir: Path) -> None:
+    """Two micro-batches a step give the metrics of one batch of twice the size; bf16 stays close to float32."""
+    runs = {
+        "whole": ["--data.batch_size=8"],
+        "accumulated": ["--data.batch_size=4", "--trainer.accumulate_grad_batches=2"],
+        "half": ["--data.batch_size=8", "--trainer.precision=bf16-mixed"],
+    }
+    rows = {}
+    for name, options in runs.items():
+        options += [
+            "--trainer.max_steps=3",
+            f"--trainer.default_root_dir={name}",
+            "--trainer.val_check_interval=100",
+        ]
+        assert main(["fit", *tiny(text_file), *options]) == 0
+        rows[name] = [{key: float(text) for key, text in row.items() if text} for row in read_csv(workdir / name)]
+    for whole, accumulated, half in zip(*rows.values(), strict=True):
+        assert accumulated["train/tokens"] == whole["train/tokens"]
+        assert accumulated["train/cross_entropy"] == pytest.approx(whole["train/cross_entropy"], rel=1e-4)
+        assert accumulated["train/gradient_norm"] == pytest.approx(whole["train/gradient_norm"], rel=2e-2)
+        assert half["train/cross_entropy"] == pytest.approx(whole["train/cross_entropy"], rel=2e-2)
+        assert half["train/cross_entropy"] != whole["train/cross_entropy"]
+
+
+class PowerCut(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("cut", "accumulate", "workers"), [("power", 1, 0), ("power", 3, 2), ("SIGTERM", 3, 0), ("SIGINT", 1, 0)]
+)
+def test_a_resumed_run_is_the_same_run(
+    text_file: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch, cut: str, accumulate: int, workers: int
+) -> None:
+    """Stopped in step 8, in the middle of an accumulation, and continued: the same run, bit for bit.
+
+    Without power it goes on from the checkpoint of step 6; a signal still lets step 8 end and be saved.
+    """
+    options = [*tiny(text_file), "--trainer.max_steps=10", f"--trainer.accumulate_grad_batches={accumulate}"]
+    options += [f"--trainer.val_check_interval={3 * accumulate}", f"--data.num_workers={workers}"]
+    options += ["--trainer.log_every_n_steps=3"]
+    assert main(["fit", *options]) == 0
+
+    whole_step = LitMoE.training_step
+
+    def step_until_the_cut(self: LitMoE, batch: dict, batch_idx: int) -> dict:
+        if self.trainer.fit_loop.total_batch_idx == 7 * accumulate + accumulate // 2:
+            if cut == "power":
+                raise PowerCut
+            os.kill(os.getpid(), getattr(signal, cut))
+        return whole_step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LitMoE, "training_step", step_until_the_cut)
+        with pytest.raises((PowerCut, SystemExit)) as stopped:
+            main(["fit", *options])
+    if cut != "power":
+        assert stopped.value.code == {"SIGINT": 130, "SIGTERM": 143}[cut]
+    saved = torch.load("runs/moepp/2/checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == (6 if cut == "power" else 8)
+    assert main(["fit", *options, "--ckpt_path=last"]) == 0
+
+    whole, resumed = (torch.load(f"runs/moepp/{n}/checkpoints/last.ckpt", weights_only=True) for n in (1, 2))
+    assert whole["global_step"] == resumed["global_step"] == 10
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][name]), name
+    for index, state in whole["optimizer_states"][0]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, resumed["optimizer_states"][0]["state"][index][name]), name
+    rows = [
+        [{name: text for name, text in row.items() if not name.startswith("speed/")} for row in read_csv(run)]
+        for run in (workdir / "runs/moepp/1", workdir / "runs/moepp/2")
+    ]
+    assert [row["step"] for row in rows[0]] == ["3", "6", "9", "10"]
+    assert rows[0] == rows[1]
