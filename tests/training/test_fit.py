@@ -50,7 +50,7 @@ def test_metrics_agree_with_each_other_and_between_loggers(trained: Path) -> Non
     for row in rows:
         value = {name: float(text) for name, text in row.items() if text}
         assert value["train/loss"] == pytest.approx(
-            value["train/cross_entropy"] + 0.01 * value["train/balance"], abs=1e-5
+            value["train/cross_entropy"] + 0.1 * value["train/balance"], abs=1e-5
         )
         shares = [value[f"routing/share/{kind}"] for kind in ("ffn", "const", "copy", "zero")]
         assert sum(shares) == pytest.approx(1, abs=1e-6)
@@ -147,7 +147,10 @@ def test_vanilla_differs_in_nothing_but_the_switches(capsys: pytest.CaptureFixtu
 
 
 def test_accumulation_and_precision(text_file: Path, workdir: Path) -> None:
-    """Two micro-batches a step give the metrics of one batch of twice the size; bf16 stays close to float32."""
+    """Two micro-batches a step give the metrics of one batch of twice the size; bf16 stays close to float32.
+
+    Without L_b, that is: a product of means over a batch is not the mean of the products over its halves.
+    """
     runs = {
         "whole": ["--data.batch_size=8"],
         "accumulated": ["--data.batch_size=4", "--trainer.accumulate_grad_batches=2"],
@@ -155,6 +158,7 @@ def test_accumulation_and_precision(text_file: Path, workdir: Path) -> None:
     }
     rows = {}
     for name, options in runs.items():
+        options.append("--model.moe.balance_weight=0")
         options += [
             "--trainer.max_steps=3",
             f"--trainer.default_root_dir={name}",
