@@ -9,16 +9,13 @@ VERBS = {  # verb: (module, function of (verb, arguments), what it does)
     "fit": ("moepp.training.lightning_cli", "run", "train: moepp fit --config recipes/moepp.yaml"),
     "validate": ("moepp.training.lightning_cli", "run", "validation loss of a checkpoint"),
     "test": ("moepp.training.lightning_cli", "run", "the same on all held-out text"),
-    "ablate": (
-        "moepp.study.ablate",
-        "run",
-        "variants × seeds → a report: --matrix recipes/compare.yaml",
-    ),
+    "ablate": ("moepp.study.ablate", "run", "variants × seeds → a report: --matrix recipes/compare.yaml"),
     "prepare": ("moepp.training.commands", "run", "text → tokenizer → token files"),
     "generate": ("moepp.training.commands", "run", "text from a checkpoint"),
     "import": ("moepp.training.commands", "run", "a released (Hugging Face) folder → a checkpoint"),
     "export": ("moepp.training.commands", "run", "a checkpoint → a released (Hugging Face) folder"),
 }
+STUDY = {"matplotlib", "scipy"}  # what the extra `study` brings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         getattr(importlib.import_module(module), function)(verb, rest)
     except InputError as error:
         return fail(f"{verb}: {error}")
+    except ModuleNotFoundError as error:
+        if error.name not in STUDY:
+            raise
+        return fail(f"{verb}: needs {error.name}: pip install 'moepp[study]'")
     except KeyboardInterrupt:
         print(f"moepp {verb}: interrupted", file=sys.stderr)
         return 130
