@@ -3,8 +3,13 @@
 | parameter                                      | distribution                                   |
 |------------------------------------------------|------------------------------------------------|
 | RMSNorm gains                                  | 1                                              |
+| embedding, where the head has its own weight   | N(0, 1)                                        |
 | what writes to the residual stream             | N(0, std / sqrt(2L)): attention output, w_down |
 | constants v, their W_c, and all other matrices | N(0, std)                                      |
+
+The residual stream has to start at the size of what copy and constant experts add to it, which is that of their
+normed input: a token that meets one would otherwise drown all that other layers write (recipes/results/LOG.md).
+A tied embedding cannot, its logits would be too large.
 
 Every parameter is drawn from a generator of its own, seeded by its name: switching one expert type off leaves
 all other initial weights as they were, so that compared variants start from the same point.
@@ -24,7 +29,7 @@ def draw_seed() -> int:
     return int(torch.randint(2**62, (), device="cpu"))
 
 
-def init_parameters(module: nn.Module, seed: int, std: float = 0.02, n_layers: int = 1) -> None:
+def init_parameters(module: nn.Module, seed: int, std: float = 0.02, n_layers: int = 1, tied: bool = False) -> None:
     """Draw all parameters of `module` anew. Does nothing on the meta device."""
     for name, parameter in module.named_parameters():
         if parameter.is_meta:
@@ -35,5 +40,7 @@ def init_parameters(module: nn.Module, seed: int, std: float = 0.02, n_layers: i
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:7], "little"))
         scale = (2 * n_layers) ** -0.5 if name.endswith(RESIDUAL_WRITERS) else 1.0
+        if name == "embedding.weight" and not tied:
+            scale = 1 / std
         with torch.no_grad():
             parameter.normal_(0.0, std * scale, generator=generator)

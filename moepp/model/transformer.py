@@ -105,7 +105,7 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.register_buffer("rope_2Sd", rope_table(config), persistent=False)
-        init_parameters(self, seed, config.init_std, config.n_layers)
+        init_parameters(self, seed, config.init_std, config.n_layers, config.tie_embeddings)
 
     def forward(self, tokens_BS: Tensor, caches: list[KVCache] | None = None) -> Output:
         """With `caches` (one per layer) `tokens_BS` continues the positions that these have seen."""
