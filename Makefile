@@ -6,6 +6,8 @@ DATA   ?=
 PROMPT ?=
 ARGS   ?=
 
+export PROMPT
+
 VENV  := .venv
 MOEPP := $(VENV)/bin/moepp
 DATA_ARG := $(if $(DATA),--data.path='$(DATA)')
@@ -44,7 +46,7 @@ resume: setup ## continue the newest run of RECIPE
 	$(MOEPP) fit --config $(RECIPE) $(DATA_ARG) --ckpt_path last $(ARGS)
 
 generate: setup ## PROMPT="…": text from the newest checkpoint
-	@$(MOEPP) generate --prompt "$(PROMPT)" $(ARGS)
+	@$(MOEPP) generate --prompt="$$PROMPT" $(ARGS)
 
 test: setup ## the test suite
 	$(VENV)/bin/python -m pytest $(ARGS)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 VERBS = {  # verb: (module, function of (verb, arguments), what it does)
     "fit": ("moepp.training.lightning_cli", "run", "train: moepp fit --config recipes/moepp.yaml"),
     "validate": ("moepp.training.lightning_cli", "run", "validation loss of a checkpoint"),
-    "test": ("moepp.training.lightning_cli", "run", "the same on all held-out text"),
+    "test": ("moepp.training.lightning_cli", "run", "the same as validate"),
     "ablate": ("moepp.study.ablate", "run", "variants × seeds → a report: --matrix recipes/compare.yaml"),
     "prepare": ("moepp.training.commands", "run", "text → tokenizer → token files"),
     "generate": ("moepp.training.commands", "run", "text from a checkpoint"),
@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         getattr(importlib.import_module(module), function)(verb, rest)
     except InputError as error:
+        return fail(f"{verb}: {error}")
+    except OSError as error:  # permissions, a full disk: the error names the file
         return fail(f"{verb}: {error}")
     except ModuleNotFoundError as error:
         if error.name not in STUDY:

@@ -1,5 +1,6 @@
 """What a model is: two validated dataclasses."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,11 +56,11 @@ class MoEConfig:
             self.top_k,
             f"must not exceed the {self.n_experts} experts",
         )
-        require(self.tau > 0, "moe.tau", self.tau, "must be positive")
+        require(0 < self.tau < math.inf, "moe.tau", self.tau, "must be positive")
         require(self.balance_weight >= 0, "moe.balance_weight", self.balance_weight, "must not be negative")
         if self.capacity_factor is not None:
             require(
-                self.capacity_factor > 0,
+                0 < self.capacity_factor < math.inf,
                 "moe.capacity_factor",
                 self.capacity_factor,
                 "must be positive, or null for no limit",

@@ -58,6 +58,8 @@ def flops_per_token(transformer: TransformerConfig, moe: MoEConfig, seq_len: int
     projections = 2 * 2 * D * (D + t.kv_heads * t.head_dim)
     attention = 2 * 2 * D * (seq_len / 2)
     router = 2 * E * D if moe.router_depth == 1 else 2 * 8 * E * (D + E)
+    gating_residuals = (t.n_layers - 1) * 2 * E * E if moe.gating_residual else 0
     constants = 2 * 2 * moe.n_const * D
     ffn = ffn_per_token * 2 * 3 * D * t.intermediate_size
-    return t.n_layers * (projections + attention + router + constants + ffn) + 2 * D * t.vocab_size
+    layer = projections + attention + router + constants + ffn
+    return t.n_layers * layer + gating_residuals + 2 * D * t.vocab_size

@@ -49,12 +49,9 @@ class FFNExperts(nn.Module):
         self.w_down = nn.Parameter(torch.empty(moe.n_ffn, hidden_size, intermediate_size))
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        computed_TK = routing.experts < self.moe.n_ffn
-        if routing.kept is not None:
-            computed_TK = computed_TK & routing.kept
         w_gate_up, w_down = self.w_gate_up.to(x_TD.dtype), self.w_down.to(x_TD.dtype)
         compute = grouped_experts if use_grouped(x_TD, w_down) else looped_experts
-        return compute(x_TD, routing.gates, w_gate_up, w_down, routing.experts, computed_TK)
+        return compute(x_TD, routing.gates, w_gate_up, w_down, routing.experts, routing.computed())
 
 
 def use_grouped(x_TD: Tensor, w_down_FDH: Tensor) -> bool:

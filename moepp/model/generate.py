@@ -33,6 +33,7 @@ def generate(
     require(max_new_tokens >= 0, "max_new_tokens", max_new_tokens, "must not be negative")
     require(temperature >= 0, "temperature", temperature, "must not be negative")
     require(0 < top_p <= 1, "top_p", top_p, "must be above 0 and at most 1")
+    require(0 <= seed < 2**63, "seed", seed, "must be between 0 and 2^63")
     context = model.config.context_length
     if len(prompt_S) + max_new_tokens > context:
         raise InputError(
@@ -59,6 +60,6 @@ def sample(logits_V: Tensor, temperature: float, top_p: float, generator: torch.
     """One token (): the arg max at temperature 0, else a draw from the nucleus of probability `top_p`."""
     if temperature == 0:
         return logits_V.argmax()
-    probs_V, order_V = (logits_V / temperature).softmax(-1).sort(descending=True)
+    probs_V, order_V = ((logits_V - logits_V.max()) / temperature).softmax(-1).sort(descending=True)
     before_V = probs_V.cumsum(0) - probs_V  # what the more likely tokens add up to; the first is always kept
     return order_V[torch.multinomial(probs_V.where(before_V < top_p, 0.0), 1, generator=generator)[0]]

@@ -29,7 +29,9 @@ def draw_seed() -> int:
     return int(torch.randint(2**62, (), device="cpu"))
 
 
-def init_parameters(module: nn.Module, seed: int, std: float = 0.02, n_layers: int = 1, tied: bool = False) -> None:
+def init_parameters(
+    module: nn.Module, seed: int, std: float = 0.02, n_layers: int = 1, tied: bool = False
+) -> None:
     """Draw all parameters of `module` anew. Does nothing on the meta device."""
     for name, parameter in module.named_parameters():
         if parameter.is_meta:

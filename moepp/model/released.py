@@ -147,7 +147,9 @@ def read_config(folder: Path) -> tuple[TransformerConfig, MoEConfig]:
         )
     except KeyError as error:
         raise InputError(f"{path}: has no key {error}") from error
-    except (TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except InputError:
+        raise
+    except (TypeError, ValueError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: is not a released MoE++ config ({error})") from error
     return transformer, moe
 

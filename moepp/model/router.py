@@ -38,6 +38,11 @@ class Routing:
         """L_b of this layer (equation 7), a scalar with a gradient."""
         return balance.load_balance_loss(self.probs, self.experts, self.moe)
 
+    def computed(self) -> Tensor:
+        """(T, K) bool: which assignments an FFN expert computes, what is over capacity left out."""
+        computed_TK = self.experts < self.moe.n_ffn
+        return computed_TK if self.kept is None else computed_TK & self.kept
+
     def tokens_per_expert(self) -> Tensor:
         """(E,) int64: how many tokens chose each expert, before any capacity."""
         return balance.count_assignments(self.experts, self.moe.n_experts)

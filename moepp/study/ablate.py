@@ -166,7 +166,9 @@ class Workers:
     def start(self, run: Run, slot: int) -> subprocess.Popen:
         """`moepp fit` in a process group of its own; what it prints goes to output.log in its folder."""
         run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "options.yaml").write_text(yaml.safe_dump(run.options, sort_keys=False))
+        beside = run.folder / "options.yaml.tmp"
+        beside.write_text(yaml.safe_dump(run.options, sort_keys=False))
+        os.replace(beside, run.folder / "options.yaml")
         (run.folder / "failed.txt").unlink(missing_ok=True)
         command = [*FIT, "--config", str(run.folder / "options.yaml"), f"--trainer.default_root_dir={run.folder}"]
         if run.last_checkpoint.is_file():

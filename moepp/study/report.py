@@ -46,6 +46,12 @@ class Row:
         return paired(self.final("loss"), self.reference.final("loss")) if self.reference else None
 
     @cached_property
+    def bits_difference(self) -> Paired | None:
+        return (
+            paired(self.final("bits_per_byte"), self.reference.final("bits_per_byte")) if self.reference else None
+        )
+
+    @cached_property
     def equal_flops(self) -> "EqualFlops | None":
         if self.reference is None or not (found := at_equal_flops(self.results, self.reference.results)):
             return None
@@ -166,6 +172,7 @@ def csv_row(row: Row) -> dict[str, Any]:
         "bits_per_byte_mean": bits[0],
         "bits_per_byte_sd": bits[1],
         **csv_difference("loss_difference", difference),
+        **csv_difference("bits_per_byte_difference", row.bits_difference or Paired(0, math.nan)),
         "equal_flops": equal.flops if equal else math.nan,
         **csv_difference("equal_flops_loss_difference", equal_difference),
         "speedup_ideal": row.ideal_speedup,
@@ -231,8 +238,8 @@ def markdown(
         ),
         f"Loss in nats per token and bits per byte, on all held-out text: mean ± s.d. over seeds. Differences are "
         f"paired: a seed gives each variant the same data in the same order and the same initial weights of what "
-        f"they share; interval and p are of the paired t-test. Bits per byte is the same loss in another unit, so "
-        f"its p is the same. {multiplicity(done)}\n\n{source(matrix, 'accuracy')}",
+        f"they share; interval and p are of the paired t-test. Bits per byte leaves out the ends of "
+        f"texts; its differences are in results.csv. {multiplicity(done)}\n\n{source(matrix, 'accuracy')}",
         picture(pictures, "differences", "Differences in loss with 95 % intervals"),
         picture(pictures, "curves", "Validation loss against tokens and FLOPs"),
         picture(pictures, "constants", "Loss against the number of constant experts"),
@@ -242,10 +249,10 @@ def markdown(
             [equal_flops_cells(row) for row in done if row.equal_flops],
         ),
         "Read off the validation curves, on the straight line between two validations, where both have spent the "
-        "FLOPs in the second column: the most that both reached, so the end of the cheaper one. There the dearer "
-        "one's learning rate has not finished its decay, which counts against it; a strict comparison trains "
-        "it for fewer steps, or the cheaper one for more (trainer.max_steps of a variant). These losses are of "
-        "the text validated on during training, not of all held-out text.",
+        "FLOPs in the second column: the most that both reached, the last validation of the cheaper one. There "
+        "the dearer one's learning rate has not finished its decay, which counts against it; a strict comparison "
+        "trains it for fewer steps, or the cheaper one for more (trainer.max_steps of a variant). These losses "
+        "are of the text validated on during training, not of all held-out text.",
         "## Cost",
         table(
             [
@@ -359,7 +366,7 @@ def speed_note(matrix: Matrix, done: list[Row]) -> str:
         return f"Not measured: {matrix.reference.name} has no finished run with a checkpoint."
     name = matrix.reference.name
     return (
-        f"Relative to {name}, measured in one process with the trained models in turn on the same held-out batch: "
+        f"Relative to {name}, measured in one process with the trained models in turn on the same batch: "
         f"the median of {min(rounds)} or more rounds' ratios, and their quartiles; above 1 is faster. {name} "
         f"against itself shows the noise. Training is a whole optimizer step without data loading; tokens/s is "
         f"{name}'s in the comparison that was disturbed least, times this ratio. Expert forward is the FFN and "

@@ -1,4 +1,4 @@
-"""How fast each variant is, relative to the reference: both in one process, in turn, on the same held-out text.
+"""How fast each variant is, relative to the reference: both in one process, in turn, on the same text.
 
 Runs of their own, hours apart on a machine that others use, would compare the machine's moods. Here the two models
 of a pair alternate, and what counts is the ratio within each round.
@@ -85,13 +85,13 @@ def compare(run: Run, reference: Run, device: torch.device) -> Speed:
 
 
 class Subject:
-    """A trained model with a batch of held-out text, at the study's own sizes."""
+    """A trained model with a batch of training text (held-out batches may be padded), at the study's own sizes."""
 
     def __init__(self, run: Run, device: torch.device) -> None:
         self.device = device
         data = TokenDataModule(**run.options["data"])
         data.setup()
-        self.batch = {name: value.to(device) for name, value in next(iter(data.val_dataloader())).items()}
+        self.batch = {name: value.to(device) for name, value in next(iter(data.train_dataloader())).items()}
         self.model = untrained(run.variant).to(device)
         self.model.load_state_dict(read_checkpoint(run.last_checkpoint)["state_dict"])
         precision = json.loads((run.folder / "result.json").read_text())["precision"]
@@ -170,7 +170,7 @@ def step_seconds(variant: Variant) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     data, trainer = variant.options["data"], variant.options["trainer"]
     tokens = torch.randint(variant.transformer.vocab_size, (data["batch_size"], data["seq_len"]), device=device)
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

@@ -1,6 +1,7 @@
 """What a person sees of a run: the monitor's metrics and status line, and the summary at the end."""
 
 import json
+import os
 import sys
 import time
 from datetime import timedelta
@@ -19,7 +20,7 @@ from moepp.model import count_parameters, flops_per_token
 from moepp.model.generate import generate
 from moepp.training.csv_log import CSVLog
 from moepp.training.module import LitMoE
-from moepp.training.tokens import END_OF_TEXT, END_OF_TEXT_ID
+from moepp.training.tokens import END_OF_TEXT_ID
 
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "bf16-true": torch.bfloat16}
 
@@ -27,6 +28,7 @@ DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "bf16-true": 
 class Monitor(L.Callback):
     """Logs means over the `log_every_n_steps` optimizer steps since the last log, and prints them as one line.
 
+    Gradient norm (before clipping) and learning rate are those of the last step and of the one to come.
     Everything is summed on the device; it is waited for only when a line is due. The clock stops during
     validation. All loggers receive the same numbers at the same steps.
     """
@@ -45,6 +47,8 @@ class Monitor(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LitMoE) -> None:  # type: ignore[override]
         self.clock, self.begun, self.begun_step = time.perf_counter(), time.perf_counter(), trainer.global_step
+        # sums of the process that this one continues belong to the means, not to this one's speed
+        self.batches_before = float(self.sums.get("batches", 0.0))
         for logger in trainer.loggers:
             if isinstance(logger, CSVLog):
                 logger.rewind(trainer.global_step)
@@ -70,19 +74,19 @@ class Monitor(L.Callback):
         n_tokens = tokens_per_batch * n_batches
         shares_E = counts_LE.sum(0) / counts_LE.sum()
         ffn_LF = counts_LE[:, model.moe.kinds["ffn"]]
-        ffn_per_token = float(ffn_LF.sum()) / (model.transformer.n_layers * n_tokens)
+        ffn_per_token = n_batches * means.pop("train/ffn_assignments") / (model.transformer.n_layers * n_tokens)
         now = time.perf_counter()
-        tokens_per_second = trainer.world_size * n_tokens / (now - self.clock - self.paused)
-        flops = 3 * flops_per_token(model.transformer, model.moe, batch_seq_len(trainer), ffn_per_token)
+        timed_tokens = trainer.world_size * tokens_per_batch * (n_batches - self.batches_before)
+        tokens_per_second = timed_tokens / (now - self.clock - self.paused)
+        seq_len = trainer.datamodule.seq_len  # type: ignore[attr-defined]
+        flops = 3 * flops_per_token(model.transformer, model.moe, seq_len, ffn_per_token)
         metrics = {
             **means,
             "train/balance_scaled": balance_scaled,
             "train/loss": means["train/cross_entropy"] + balance_scaled,
             "train/gradient_norm": float(model.gradient_norm),
             "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "train/tokens": float(trainer.global_step * trainer.accumulate_grad_batches)
-            * tokens_per_batch
-            * trainer.world_size,
+            "train/tokens": float(batches_trained(trainer)) * tokens_per_batch * trainer.world_size,
             "routing/ffn_per_token": ffn_per_token,
             **{f"routing/share/{kind}": float(shares_E[where].sum()) for kind, where in model.moe.kinds.items()},
             "routing/imbalance": float((ffn_LF.amax(1) / ffn_LF.mean(1)).mean()),
@@ -95,7 +99,7 @@ class Monitor(L.Callback):
             logger.log_metrics(metrics, step=trainer.global_step)
         self.print_status(trainer, metrics, model.moe.top_k)
         self.sums, self.logged_step = {}, trainer.global_step
-        self.clock, self.paused = time.perf_counter(), 0.0
+        self.clock, self.paused, self.batches_before = time.perf_counter(), 0.0, 0.0
 
     def print_status(self, trainer: L.Trainer, metrics: dict[str, float], top_k: int) -> None:
         step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
@@ -129,6 +133,12 @@ class Summary(L.Callback):
         self.run_dir, self.sample_tokens, self.n_samples = run_dir, sample_tokens, n_samples
         self.begun = time.perf_counter()
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": time.perf_counter() - self.begun}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.begun -= state_dict["seconds"]  # a continued run has taken what it took before
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: LitMoE) -> None:  # type: ignore[override]
         """After the validation on all held-out text that `moepp fit` ends with."""
         final = {
@@ -149,7 +159,9 @@ class Summary(L.Callback):
             "ffn_per_token_expected": pl_module.moe.top_k * pl_module.moe.ffn_share,
             **final,
         }
-        (self.run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        beside = self.run_dir / "result.json.tmp"
+        beside.write_text(json.dumps(result, indent=2) + "\n")
+        os.replace(beside, self.run_dir / "result.json")  # where it stands, the run is finished
         table = Table(title=f"{trainer.global_step} steps in {timedelta(seconds=int(seconds))}", show_header=False)
         table.add_row("validation loss", f"{final['final/loss']:.4f} nats/token")
         table.add_row("perplexity", f"{final['final/perplexity']:.2f}")
@@ -172,9 +184,10 @@ class Summary(L.Callback):
         ):
             table.add_row(what, str(self.run_dir / name))
         text = self.samples(trainer, pl_module)
-        for console in (Console(), Console(file=(self.run_dir / "train.log").open("a"), width=120)):
-            console.print(table)
-            console.print(text, markup=False, highlight=False)
+        with (self.run_dir / "train.log").open("a") as log:
+            for console in (Console(), Console(file=log, width=120)):
+                console.print(table)
+                console.print(text, markup=False, highlight=False)
 
     def samples(self, trainer: L.Trainer, model: LitMoE) -> str:
         """Beginnings of held-out documents of several domains, continued by the model."""
@@ -190,18 +203,20 @@ class Summary(L.Callback):
             before, after = (
                 tokens.tokenizer.decode(part) for part in (whole[: len(prompt)], whole[len(prompt) :])
             )
-            lines.append(f"— {domain}: {before}⟶{after}".replace(END_OF_TEXT, ""))
+            lines.append(f"— {domain}: {before}⟶{after}")
         return "\n\n".join(lines)
-
-
-def batch_seq_len(trainer: L.Trainer) -> int:
-    return trainer.datamodule.seq_len  # type: ignore[attr-defined]
 
 
 @cache
 def peak_flops(device: torch.device, precision: str) -> int | None:
     """The device's peak in FLOP/s at this precision, None where nobody has written it down."""
     return get_available_flops(device, DTYPES.get(precision, torch.float32)) if device.type == "cuda" else None
+
+
+def batches_trained(trainer: L.Trainer) -> int:
+    """Micro-batches of one device, over all epochs and all processes of the run."""
+    total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    return total.processed
 
 
 def device_name(device: torch.device) -> str:

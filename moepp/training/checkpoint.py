@@ -28,6 +28,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def require_state(path: str | Path, *keys: str) -> None:
+    """Raises InputError unless the checkpoint has all of `keys`: one that was imported, or belongs to a finished
+    study, holds weights alone."""
+    checkpoint = read_checkpoint(path)
+    if missing := [key for key in keys if key not in checkpoint]:
+        raise InputError(f"ckpt_path: {path} has no {missing[0]}: it was not kept to be used this way")
+
+
 def load_model(path: str | Path) -> tuple[Transformer, Tokenizer | None]:
     """The model, ready to evaluate, and its tokenizer (None after an import without one).
 
@@ -40,9 +48,12 @@ def load_model(path: str | Path) -> tuple[Transformer, Tokenizer | None]:
         model = Transformer(TransformerConfig(**meta["transformer"]), MoEConfig(**meta["moe"]))
         state = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
         model.load_state_dict({name: state[name] for name in model.state_dict()})
-    except (KeyError, TypeError, RuntimeError) as error:
+        tokenizer = load_tokenizer(meta["tokenizer"]) if meta["tokenizer"] else None
+    except InputError:
+        raise
+    except Exception as error:  # tokenizers raises Exception itself
         raise InputError(f"{path}: its weights do not fit its config ({str(error).splitlines()[0]})") from error
-    return model.eval(), load_tokenizer(meta["tokenizer"]) if meta["tokenizer"] else None
+    return model.eval(), tokenizer
 
 
 def newest_checkpoint(recipe: str = "*") -> Path:

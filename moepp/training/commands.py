@@ -63,7 +63,9 @@ def generate(
     if tokenizer is None:
         raise InputError(f"{ckpt}: has no tokenizer; import it with one (moepp import --help)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ids = [tokens.END_OF_TEXT_ID, *tokenizer.encode(prompt).ids]
+    # an imported tokenizer may have no end of text, or another use for its number
+    end = tokenizer.token_to_id(tokens.END_OF_TEXT)
+    ids = [*([] if end is None else [end]), *tokenizer.encode(prompt).ids]
     if max_new_tokens is None:
         max_new_tokens = max(1, min(200, model.config.context_length - len(ids)))
     whole = generation.generate(
@@ -72,7 +74,7 @@ def generate(
         max_new_tokens,
         temperature,
         top_p,
-        stop=tokens.END_OF_TEXT_ID,
+        stop=end,
         seed=seed,
     )
     print(tokenizer.decode(whole.tolist()))
@@ -90,13 +92,19 @@ def import_(folder: str, ckpt: str, tokenizer: str | None = None) -> None:
     path = Path(tokenizer) if tokenizer else Path(folder) / "tokenizer.json"
     if tokenizer and not path.is_file():
         raise InputError(f"tokenizer: {path} does not exist")
+    text = path.read_text() if path.is_file() else None
+    if text is not None:
+        try:
+            tokens.load_tokenizer(text)
+        except Exception as error:  # tokenizers raises Exception itself
+            raise InputError(f"tokenizer: {path} cannot be read ({error})") from error
     if Path(ckpt).exists():
         raise InputError(f"ckpt: {ckpt} exists already; name another file or remove it")
     meta = {
         "version": __version__,
         "transformer": asdict(model.config),
         "moe": asdict(model.moe_config),
-        "tokenizer": path.read_text() if path.is_file() else None,
+        "tokenizer": text,
         "data_hash": None,
     }
     state = {f"model.{name}": value for name, value in model.state_dict().items()}

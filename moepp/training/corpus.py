@@ -59,13 +59,15 @@ def open_source(path: str) -> Source:
     """
     if path.startswith("hf:"):
         return _open_hub(path)
+    if not path:
+        raise InputError("data.path is empty: give a file, a folder, a corpus list (.yaml) or hf:owner/name")
     root = Path(path)
     if not root.exists():
         raise InputError(f"{path} does not exist: give a file, a folder, a corpus list (.yaml) or hf:owner/name")
-    if root.suffix in (".yaml", ".yml"):
-        return _open_list(root)
     if root.is_dir():
         return _open_folder(root)
+    if root.suffix in (".yaml", ".yml"):
+        return _open_list(root)
     if _kind(root) is None:
         raise InputError(f"{path} is none of {', '.join(SUFFIXES)} (with .gz or .zst, if you like) or .yaml")
     return _open_files(root, _stem(root), [(_stem(root), root)])
@@ -247,8 +249,12 @@ def _json_lines(file: Path) -> Iterator[str]:
                 yield _text_of(json.loads(text.removeprefix("\ufeff")), where)
         except UnicodeDecodeError as error:
             raise _not_utf8(file, position + error.start) from None
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where} is no JSON ({error.msg}): each line must be one object") from None
+        except InputError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"{where} is no JSON ({str(error).splitlines()[0]}): each line must be one object"
+            ) from None
         position += len(line) + 1
 
 

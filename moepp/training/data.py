@@ -100,9 +100,12 @@ class TokenDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """One epoch of training batches, from where the trainer stands."""
+        accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
         return _ResumableLoader(
             _TrainWindows(self.files.train, self.seq_len),
-            batch_sampler=_TrainBatches(self._order(), self._rank, self.batch_size, self._batches_seen),
+            batch_sampler=_TrainBatches(
+                self._order(), self._rank, self.batch_size, self._batches_seen, accumulate
+            ),
             **self._loader_options(),
         )
 
@@ -189,13 +192,17 @@ class TrainOrder:
 class _TrainBatches(Sampler[list[int]]):
     """One device's share of the batches. Asks where to begin each time that it is iterated over."""
 
-    def __init__(self, order: TrainOrder, rank: int, batch_size: int, batches_seen: Callable[[], int]) -> None:
+    def __init__(
+        self, order: TrainOrder, rank: int, batch_size: int, batches_seen: Callable[[], int], multiple: int = 1
+    ) -> None:
         self.order = order
+        # a Lightning epoch that ends within an accumulation would take a step on part of it
+        self.length = max(multiple, order.batches // multiple * multiple)
         self.share = slice(rank * batch_size, (rank + 1) * batch_size)
         self.batches_seen = batches_seen
 
     def __len__(self) -> int:
-        return self.order.batches
+        return self.length
 
     def __iter__(self) -> Iterator[list[int]]:
         first = self.batches_seen()

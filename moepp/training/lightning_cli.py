@@ -19,11 +19,12 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from moepp.model import InputError, count_parameters
 from moepp.training.callbacks import Monitor, Summary, device_name, say
-from moepp.training.checkpoint import newest_checkpoint, read_checkpoint
+from moepp.training.checkpoint import newest_checkpoint, require_state
 from moepp.training.csv_log import CSVLog
 from moepp.training.data import TokenDataModule
 from moepp.training.module import LitMoE
@@ -32,6 +33,7 @@ from moepp.training.tokens import padded_vocab_size
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,  # max_steps decides
+    "max_steps": 1000,
     "check_val_every_n_epoch": None,  # val_check_interval counts steps, across epochs
     "gradient_clip_val": 1.0,
     "log_every_n_steps": 10,
@@ -50,6 +52,13 @@ def run(verb: str, arguments: list[str]) -> None:
     arguments = expand_bases(arguments)
     recipes = [Path(value).stem for flag, value in pairwise(arguments) if flag == "--config"]
     MoECLI.recipe = recipes[-1] if recipes else "default"
+    if "--ckpt_path=last" in arguments or ("--ckpt_path", "last") in pairwise(arguments):
+        # the run goes on as it was begun, whatever the recipe says by now; what is on the command line wins
+        begun = newest_checkpoint(MoECLI.recipe).parent.parent / "config.yaml"
+        if begun.is_file():
+            given = [i for i, flag in enumerate(arguments) if flag == "--config"]
+            arguments = [a for i, a in enumerate(arguments) if i not in given and i - 1 not in given]
+            arguments = ["--config", str(begun), *arguments]
     try:
         MoECLI(
             LitMoE,
@@ -64,7 +73,7 @@ def run(verb: str, arguments: list[str]) -> None:
             load_from_checkpoint_support=False,
             args=[verb, *arguments],
         )
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, MisconfigurationException) as error:
         raise InputError(str(error).splitlines()[0]) from error
 
 
@@ -93,6 +102,12 @@ class MoECLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning would read hyperparameters from the checkpoint here; ours come from the recipe alone."""
 
+    def _set_seed(self) -> None:
+        seed = self._get(self.config, "seed_everything")
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise InputError(f"seed_everything: must be between 0 and 2^32, got {seed}")
+        super()._set_seed()
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         # a checkpoint from elsewhere must not run code, so this is no option
         return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
@@ -106,8 +121,12 @@ class MoECLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         self.find_checkpoint()
         if config["precision"] is None:
-            bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
             kwargs["precision"] = "bf16-mixed" if bf16 and config["accelerator"] != "cpu" else "32-true"
+        if config["accelerator"] == "auto" and not torch.cuda.is_available():
+            kwargs["accelerator"] = "cpu"  # Apple's MPS has no float64, which bits per byte is summed in
+        if config["max_steps"] == config["max_epochs"] == -1 and config["max_time"] is None:
+            raise InputError("trainer.max_steps: say when to stop, with max_steps, max_epochs or max_time")
         if config["enable_progress_bar"] is None:
             kwargs["enable_progress_bar"] = sys.stdout.isatty()
         if self.subcommand != "fit":
@@ -135,18 +154,28 @@ class MoECLI(LightningCLI):
         if kwargs.get("enable_progress_bar", config["enable_progress_bar"]):
             callbacks.append(RichProgressBar(refresh_rate=10))
         kwargs["callbacks"] = [*callbacks, *(config["callbacks"] or [])]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            self.forget_run_dir()
+            raise InputError(f"trainer: {str(error).splitlines()[0]}") from error
+
+    def forget_run_dir(self) -> None:
+        """Leave nothing behind of a run that never took a step."""
+        os.environ.pop(RUN_DIR, None)
+        if self.claimed and not (self.run_dir / "metrics.csv").exists():
+            shutil.rmtree(self.run_dir)
 
     def find_checkpoint(self) -> None:
         """`--ckpt_path last` is the newest run's of this recipe; training goes on in that run's folder."""
         arguments = self.config_init[str(self.subcommand)]
         wanted = arguments["ckpt_path"]
         if wanted == "last":
-            newest = newest_checkpoint(self.recipe)
-            arguments["ckpt_path"] = str(newest)
-            arguments["trainer"]["default_root_dir"] = str(newest.parent.parent)
-        elif wanted is not None:
-            read_checkpoint(wanted)
+            wanted = arguments["ckpt_path"] = str(newest_checkpoint(self.recipe))
+            arguments["trainer"]["default_root_dir"] = str(Path(wanted).parent.parent)
+        if wanted is not None:
+            state = ("optimizer_states", "lr_schedulers", "loops") if self.subcommand == "fit" else ()
+            require_state(wanted, "pytorch-lightning_version", *state)
 
     def claim_run_dir(self, wanted: str | None) -> Path:
         """`wanted`, or a new runs/<recipe>/<n>. mkdir is the claim: two runs never share a folder."""
@@ -184,9 +213,8 @@ class MoECLI(LightningCLI):
                     self.trainer.save_checkpoint(self.run_dir / "checkpoints" / "last.ckpt")
                 self.trainer.limit_val_batches = 1.0
                 self.trainer.validate(model, datamodule=datamodule, verbose=False)
-        except InputError:  # leave nothing behind of a run that never began
-            if self.claimed and not list(self.run_dir.glob("checkpoints/*.ckpt")):
-                shutil.rmtree(self.run_dir)
+        except (InputError, MisconfigurationException, OSError):
+            self.forget_run_dir()
             raise
         finally:
             os.environ.pop(RUN_DIR, None)
@@ -207,9 +235,17 @@ class MoECLI(LightningCLI):
             print(f"{name:<40} {value:.4f}")
 
     def save_config(self) -> None:
+        """config.yaml, or config.2.yaml and so on where a resumed run was given other options."""
         parser, config = self._parser("fit"), self.config.fit.clone()
         config.base = config.config = None  # resolved: nothing is left to look up
-        parser.save(config, self.run_dir / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+        config.ckpt_path = config.trainer.default_root_dir = None  # where it began, not what it is
+        text = parser.dump(config, skip_none=False)
+        n, path = 1, self.run_dir / "config.yaml"
+        while path.exists() and path.read_text() != text:
+            n, path = n + 1, self.run_dir / f"config.{n + 1}.yaml"
+        path.write_text(text)
+        if n > 1:
+            say(self.trainer, f"goes on with other options than it began with: {path}")
 
     def announce(self, model: LitMoE) -> None:
         parameters = count_parameters(model.transformer, model.moe)
@@ -239,7 +275,7 @@ def expand_bases(arguments: list[str]) -> list[str]:
 
 def with_bases(path: Path) -> list[Path]:
     """The recipe's chain of bases, the first base first."""
-    chain = [path]
+    chain = [path.resolve()]
     while chain[0].is_file():  # a missing file is the parser's to report
         try:
             recipe = yaml.safe_load(chain[0].read_text())
@@ -247,7 +283,7 @@ def with_bases(path: Path) -> list[Path]:
             raise InputError(f"{chain[0]}: is not YAML: {error}") from error
         if not isinstance(recipe, dict) or recipe.get("base") is None:
             break
-        base = chain[0].parent / str(recipe["base"])
+        base = (chain[0].parent / str(recipe["base"])).resolve()
         if not base.is_file():
             raise InputError(f"{chain[0]}: its base {base} does not exist")
         if base in chain:

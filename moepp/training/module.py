@@ -64,7 +64,7 @@ class OptimConfig:
 
 
 class LitMoE(L.LightningModule):
-    """A small MoE++ transformer and how it is trained.
+    """A MoE++ transformer and how it is trained.
 
     Args:
         transformer: sizes of the transformer; its vocabulary is the data's.
@@ -113,6 +113,7 @@ class LitMoE(L.LightningModule):
             "loss": cross_entropy + self.moe.balance_weight * balance,
             "cross_entropy": cross_entropy.detach(),
             "balance": balance.detach(),
+            "ffn_assignments": torch.stack([routing.computed().sum() for routing in routings]).sum(),
             "tokens_per_expert_LE": torch.stack([routing.tokens_per_expert() for routing in routings]),
             "dropped": 1 - torch.stack(kept).mean() if kept else balance.new_zeros(()),
         }
@@ -126,10 +127,9 @@ class LitMoE(L.LightningModule):
         self.val_loss.update(nats_BS.sum() / n_tokens.clamp(min=1), n_tokens)
         self.perplexity.update(logits_BSV, targets_BS)
         self.bits_per_byte.update(nats_BS, targets_BS, batch["domain"])
-        ffn = torch.stack(
-            [(routing.experts < self.moe.n_ffn).float().sum(1).mean() for routing in output.routings]
-        )
-        self.val_ffn_per_token.update(ffn.mean(), n_tokens)
+        ffn_LT = torch.stack([routing.computed().sum(1) for routing in output.routings])
+        ffn_per_token = ffn_LT[:, targets_BS.flatten() != -100].sum() / (len(ffn_LT) * n_tokens.clamp(min=1))
+        self.val_ffn_per_token.update(ffn_per_token, n_tokens)
 
     def on_validation_epoch_end(self) -> None:
         # "final" is on all held-out text, "val" on what limit_val_batches leaves of it
@@ -210,6 +210,9 @@ class LitMoE(L.LightningModule):
                     raise InputError(f"model.{part}.{key}: is {value}, the checkpoint's is {saved[part][key]}")
         if saved["tokenizer"] != self.trainer.datamodule.files.tokenizer_json:  # type: ignore[attr-defined]
             raise InputError("ckpt_path: was trained with another tokenizer than data.path has")
+        data_hash = self.trainer.datamodule.files.meta["data_hash"]  # type: ignore[attr-defined]
+        if self.trainer.state.fn == "fit" and saved["data_hash"] != data_hash:
+            raise InputError("data.path: is not the text that the checkpoint was trained on; start a new run")
 
 
 # what a resumed run may set anew: none of it changes the shape or the meaning of a weight

@@ -3,7 +3,7 @@
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 
@@ -21,6 +21,7 @@ class StopOnSignal(L.Callback):
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
         self.received: signal.Signals | None = None
+        self.validated = False  # since the last step
         self.before: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -35,9 +36,24 @@ class StopOnSignal(L.Callback):
             signal.signal(number, handler)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if self.received is None or trainer.fit_loop._should_accumulate():
+        self.validated = False
+        loop = trainer.fit_loop
+        if self.received is None or loop._should_accumulate():
             return
+        if loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+            return  # a resume would not make up for this validation
         trainer.save_checkpoint(self.checkpoint)
+        self.leave(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.validated = True
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if self.received is not None and self.validated:
+            self.leave(trainer)  # ModelCheckpoint has just written the checkpoint
+
+    def leave(self, trainer: L.Trainer) -> NoReturn:
+        assert self.received is not None
         say(
             trainer,
             f"stopped by {self.received.name} after step {trainer.global_step}: {self.checkpoint} is written",

@@ -49,6 +49,14 @@ def snapshot() -> dict[str, bytes]:
         ("--ckpt_path=nowhere.ckpt", "ckpt_path: nowhere.ckpt does not exist"),
         ("--ckpt_path=last", "runs/moepp has no checkpoint"),
         ("--data.path=nowhere.txt", "nowhere.txt"),
+        ("--data.path=", "data.path is empty"),
+        ("--seed_everything=-1", "seed_everything: must be between 0 and 2^32, got -1"),
+        ("--model.moe.tau=.inf", "moe.tau: must be positive, got inf"),
+        ("--trainer.max_steps=-1", "trainer.max_steps: say when to stop"),
+        ("--trainer.accelerator=gpu", "trainer: "),
+        ("--trainer.devices=0", "trainer: "),
+        ("--trainer.strategy=foo", "foo"),
+        ("--data.out_root=/proc/nowhere", "/proc/nowhere"),
     ],
 )
 def test_options(text_file: Path, workdir: Path, capsys, option: str, message: str) -> None:
@@ -61,6 +69,7 @@ def test_recipes(text_file: Path, workdir: Path, capsys) -> None:
         "model: [": "is not YAML",
         "base: nowhere.yaml": "nowhere.yaml does not exist",
         "base: bad.yaml": "go round in a circle",
+        f"base: ../{Path.cwd().name}/bad.yaml": "go round in a circle",
         "data: {seq_len: '${model.transformer.width}'}": "width",
     }.items():
         Path("bad.yaml").write_text(text)
@@ -117,6 +126,14 @@ def test_checkpoints(text_file: Path, workdir: Path, capsys) -> None:
         assert name in refused(capsys, "fit", *tiny(text_file), f"--ckpt_path={name}")
     assert "32" in refused(capsys, "generate", "--ckpt", good, "--max_new_tokens=40")
     assert "temperature" in refused(capsys, "generate", "--ckpt", good, "--temperature=-1")
+    assert "seed" in refused(capsys, "generate", "--ckpt", good, f"--seed={2**64}")
+    weights = torch.load(good, weights_only=True)
+    del weights["optimizer_states"]
+    torch.save(weights, "weights.ckpt")
+    message = refused(capsys, "fit", *tiny(text_file), "--ckpt_path=weights.ckpt")
+    assert "weights.ckpt has no optimizer_states" in message
+    Path(good).write_bytes(Path("cut.ckpt").read_bytes())
+    assert "not a whole checkpoint" in refused(capsys, "fit", *tiny(text_file), "--ckpt_path=last")
 
 
 def test_verbs(workdir: Path, capsys) -> None:

@@ -58,7 +58,7 @@ def test_flops_by_hand() -> None:
     """2 per weight that a token meets, the head included, plus attention over half the sequence on average."""
     t, m = TransformerConfig(64, 2, 16, 24, 4, n_kv_heads=2), MoEConfig(n_const=0, n_zero=2, n_copy=2)
     count = count_parameters(t, m)
-    weights = 64 * 16 + count.attention + 2 * m.n_experts * 16 + 2 * 1.5 * count.one_ffn_expert
+    weights = 64 * 16 + count.attention + count.router + 2 * 1.5 * count.one_ffn_expert
     assert flops_per_token(t, m, seq_len=10, ffn_per_token=1.5) == 2 * weights + 2 * (2 * 2 * 16 * 5)
 
 
