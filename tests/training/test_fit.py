@@ -50,7 +50,7 @@ def test_metrics_agree_with_each_other_and_between_loggers(trained: Path) -> Non
     for row in rows:
         value = {name: float(text) for name, text in row.items() if text}
         assert value["train/loss"] == pytest.approx(
-            value["train/cross_entropy"] + 0.1 * value["train/balance"], abs=1e-5
+            value["train/cross_entropy"] + 0.3 * value["train/balance"], abs=1e-5
         )
         shares = [value[f"routing/share/{kind}"] for kind in ("ffn", "const", "copy", "zero")]
         assert sum(shares) == pytest.approx(1, abs=1e-6)
