@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in STUDY:
             raise
-        return fail(f"{verb}: needs {error.name}: pip install 'moepp[study]'")
+        return fail(f"{verb}: needs {error.name}: pip install matplotlib scipy")
     except KeyboardInterrupt:
         print(f"moepp {verb}: interrupted", file=sys.stderr)
         return 130

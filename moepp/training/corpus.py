@@ -135,7 +135,7 @@ def _open_hub(path: str) -> Source:
     try:
         import datasets
     except ImportError:
-        raise InputError(f"{path} needs the library datasets: pip install 'moepp[hf]'") from None
+        raise InputError(f"{path} needs the library datasets: pip install datasets") from None
     name = dataset.rsplit("/", 1)[-1]
 
     def documents() -> Iterator[Document]:

@@ -219,7 +219,7 @@ def test_hub_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)  # what importing it then raises is ImportError
     with pytest.raises(InputError) as error:
         open_source("hf:some/stories")
-    one_line(error, "pip install 'moepp[hf]'")
+    one_line(error, "pip install datasets")
 
 
 # ---- wheels ----------------------------------------------------------------------------------------------------
