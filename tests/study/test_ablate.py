@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,15 @@ def test_finished_runs_keep_their_weights_and_nothing_else(finished: Path) -> No
     assert load_model(checkpoints / "last.ckpt")[0].moe_config.n_const == 2
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell starts background jobs with SIGINT ignored, and Python then leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted_in_the_middle_it_ends_with_the_same_report(study: Path, command: list[str]) -> None:
     undisturbed = without_timings(study / "runs/m/report")
     run = study / "runs/m/moepp/seed0"
