@@ -32,6 +32,7 @@ from moepp.model import InputError, count_parameters
 from moepp.study.matrix import Matrix, Run, differences, read_matrix, resolve
 from moepp.study.timing import best_device, step_seconds
 from moepp.training.checkpoint import read_checkpoint
+from moepp.training.csv_log import replace_file
 from moepp.training.data import TokenDataModule
 
 FIT = [sys.executable, "-m", "moepp", "fit"]
@@ -166,9 +167,7 @@ class Workers:
     def start(self, run: Run, slot: int) -> subprocess.Popen:
         """`moepp fit` in a process group of its own; what it prints goes to output.log in its folder."""
         run.folder.mkdir(parents=True, exist_ok=True)
-        beside = run.folder / "options.yaml.tmp"
-        beside.write_text(yaml.safe_dump(run.options, sort_keys=False))
-        os.replace(beside, run.folder / "options.yaml")
+        replace_file(run.folder / "options.yaml", yaml.safe_dump(run.options, sort_keys=False).encode())
         (run.folder / "failed.txt").unlink(missing_ok=True)
         command = [*FIT, "--config", str(run.folder / "options.yaml"), f"--trainer.default_root_dir={run.folder}"]
         if run.last_checkpoint.is_file():

@@ -1,7 +1,6 @@
 """What a person sees of a run: the monitor's metrics and status line, and the summary at the end."""
 
 import json
-import os
 import sys
 import time
 from datetime import timedelta
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from moepp.model import count_parameters, flops_per_token
 from moepp.model.generate import generate
-from moepp.training.csv_log import CSVLog
+from moepp.training.csv_log import CSVLog, replace_file
 from moepp.training.module import LitMoE
 from moepp.training.tokens import END_OF_TEXT_ID
 
@@ -159,9 +158,8 @@ class Summary(L.Callback):
             "ffn_per_token_expected": pl_module.moe.top_k * pl_module.moe.ffn_share,
             **final,
         }
-        beside = self.run_dir / "result.json.tmp"
-        beside.write_text(json.dumps(result, indent=2) + "\n")
-        os.replace(beside, self.run_dir / "result.json")  # where it stands, the run is finished
+        text = json.dumps(result, indent=2) + "\n"
+        replace_file(self.run_dir / "result.json", text.encode())  # where it stands, the run is finished
         table = Table(title=f"{trainer.global_step} steps in {timedelta(seconds=int(seconds))}", show_header=False)
         table.add_row("validation loss", f"{final['final/loss']:.4f} nats/token")
         table.add_row("perplexity", f"{final['final/perplexity']:.2f}")
@@ -183,11 +181,11 @@ class Summary(L.Callback):
             ("log", "train.log"),
         ):
             table.add_row(what, str(self.run_dir / name))
-        text = self.samples(trainer, pl_module)
+        samples = self.samples(trainer, pl_module)
         with (self.run_dir / "train.log").open("a") as log:
             for console in (Console(), Console(file=log, width=120)):
                 console.print(table)
-                console.print(text, markup=False, highlight=False)
+                console.print(samples, markup=False, highlight=False)
 
     def samples(self, trainer: L.Trainer, model: LitMoE) -> str:
         """Beginnings of held-out documents of several domains, continued by the model."""

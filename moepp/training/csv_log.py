@@ -10,6 +10,13 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write `content` beside `path`, then put it in its place: whoever looks finds the old file or the new one."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_bytes(content)
+    os.replace(beside, path)
+
+
 class CSVLog(Logger):
     """Writes every metric to `folder`/metrics.csv at once; what is logged for the same step shares a row.
 
@@ -73,9 +80,7 @@ class CSVLog(Logger):
         for row in [{name: name for name in self.columns}, *self.rows.values()]:
             self.last_row_at = len(content)
             content += self.line(row)
-        beside = self.path.with_suffix(".csv.tmp")
-        beside.write_bytes(content)
-        os.replace(beside, self.path)
+        replace_file(self.path, content)
 
     def line(self, row: dict[str, Any]) -> bytes:
         text = io.StringIO()
