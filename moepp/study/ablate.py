@@ -65,6 +65,8 @@ def run(verb: str, arguments: list[str]) -> None:
     contents = read_matrix(options.matrix)
     if options.quick and "quick" not in contents:
         raise InputError(f"quick: {options.matrix} has no quick version")
+    if options.quick and options.base:
+        raise InputError("base: --quick has a base of its own, so leave out one of the two")
     settings = contents | (contents["quick"] if options.quick else {})
     base = options.base or options.matrix.parent / str(settings.get("base"))
     seeds = settings.get("seeds", 3) if options.seeds is None else options.seeds

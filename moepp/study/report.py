@@ -2,9 +2,6 @@
 
 import csv
 import math
-import os
-import platform
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from moepp import __version__
 from moepp.model import count_parameters
 from moepp.study import plots, timing
 from moepp.study.matrix import Matrix, Run, Variant
@@ -289,27 +284,18 @@ def markdown(
 def provenance(matrix: Matrix, done: list[Row], command: str) -> list[str]:
     """What these results came from."""
     finals = [result.final for row in done for result in row.results.values()]
-    machines = sorted({f"{final['device']}, {final['precision']}" for final in finals})
+
+    def of_the_runs(template: str) -> str:
+        return "; ".join(sorted({template.format_map(final) for final in finals})) or "none"
+
     return [
         f"- command: `{command}`",
-        f"- commit: {commit()}",
-        f"- machine: {'; '.join(machines) or 'none'}; {os.cpu_count()} CPU cores, {platform.system()} "
-        f"{platform.machine()}",
-        f"- versions: moepp {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        f"- commit: {of_the_runs('{commit}')}",
+        f"- machine: {of_the_runs('{device}, {precision}; {machine}')}",
+        f"- versions: {of_the_runs('moepp {moepp}, torch {torch}, Python {python}')}",
         f"- reference: {matrix.reference.name}, {matrix.reference.steps} steps, "
         f"{matrix.reference.tokens:,} training tokens of {matrix.reference.options['data']['path']}",
     ]
-
-
-def commit() -> str:
-    """The source's, and whether it had been changed since."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL)
-        changes = subprocess.check_output([*git, "status", "--porcelain", ":/moepp", ":/recipes"], text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.strip() + (" with changes" if changes else "")
 
 
 def quality_cells(row: Row) -> list[str]:

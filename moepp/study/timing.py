@@ -4,6 +4,7 @@ Runs of their own, hours apart on a machine that others use, would compare the m
 of a pair alternate, and what counts is the ratio within each round.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -51,7 +52,8 @@ def measure(runs: list[Run], reference: Run, cache: Path) -> dict[str, Speed]:
     Reads `cache` where it holds the same runs on the same device, and writes it otherwise.
     """
     where = best_device(reference.variant)
-    key = {"device": device_name(where), "runs": sorted(run.name for run in runs)}
+    trained = {run.name: hashlib.sha256((run.folder / "result.json").read_bytes()).hexdigest() for run in runs}
+    key = {"device": device_name(where), "runs": trained}
     if cache.is_file():
         saved = json.loads(cache.read_text())
         if saved["key"] == key:

@@ -19,6 +19,7 @@ from moepp.model import count_parameters, flops_per_token
 from moepp.model.generate import generate
 from moepp.training.csv_log import CSVLog, replace_file
 from moepp.training.module import LitMoE
+from moepp.training.provenance import provenance
 from moepp.training.tokens import END_OF_TEXT_ID
 
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "bf16-true": torch.bfloat16}
@@ -152,7 +153,7 @@ class Summary(L.Callback):
             "seconds": round(seconds, 1),
             "device": device_name(pl_module.device),
             "precision": str(trainer.precision),
-            "torch": torch.__version__,
+            **provenance(),
             "parameters": parameters.total,
             "active_parameters": round(parameters.active(final["final/ffn_per_token"])),
             "ffn_per_token_expected": pl_module.moe.top_k * pl_module.moe.ffn_share,

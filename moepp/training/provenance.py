@@ -1,0 +1,34 @@
+"""What a run came from: kept in its result and in its checkpoints."""
+
+import os
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from moepp import __version__
+
+
+@cache
+def provenance() -> dict[str, str]:
+    """Versions, the source's commit, and the machine."""
+    return {
+        "moepp": __version__,
+        "commit": commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{os.cpu_count()} CPU cores, {platform.system()} {platform.machine()}",
+    }
+
+
+def commit() -> str:
+    """The source's, and whether it had been changed since; "unknown" where it is no clone."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL)
+        changes = subprocess.check_output([*git, "status", "--porcelain", ":/moepp", ":/recipes"], text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.strip() + (" with changes" if changes else "")
