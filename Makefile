@@ -14,7 +14,7 @@ DATA_ARG := $(if $(DATA),--data.path='$(DATA)')
 BASE_ARG := $(if $(filter-out file,$(origin RECIPE)),--base=$(RECIPE))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data train compare ablate resume generate test lint
+.PHONY: help setup data train compare ablate resume generate test soak lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ generate: setup ## PROMPT="…": text from the newest checkpoint
 
 test: setup ## the test suite
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+soak: setup ## kill training runs at random moments and see that nothing is lost
+	$(VENV)/bin/python -m tests.soak $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -20,15 +20,19 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "small.txt"
+    path.write_text(small_text())
+    return path
+
+
+def small_text() -> str:
     """About 90 kB of sentences with something to learn in them."""
     rng = random.Random(0)
     lines = []
     for _ in range(1500):
         start = rng.randrange(len(WORDS))
         lines.append(" ".join(WORDS[(start + i) % len(WORDS)] for i in range(rng.randint(4, 18))) + ".")
-    path = tmp_path_factory.mktemp("text") / "small.txt"
-    path.write_text("\n\n".join(lines))
-    return path
+    return "\n\n".join(lines)
 
 
 @pytest.fixture

@@ -29,11 +29,12 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from moepp.model import InputError, count_parameters
-from moepp.study.matrix import Matrix, Run, differences, read_matrix, resolve
+from moepp.study.matrix import Matrix, Run, read_matrix, resolve
 from moepp.study.timing import best_device, step_seconds
-from moepp.training.checkpoint import read_checkpoint
-from moepp.training.csv_log import replace_file
+from moepp.training.checkpoint import last_checkpoint, read_checkpoint, write_checkpoint
 from moepp.training.data import TokenDataModule
+from moepp.training.durable import replacing
+from moepp.training.provenance import differences
 
 FIT = [sys.executable, "-m", "moepp", "fit"]
 
@@ -169,11 +170,12 @@ class Workers:
     def start(self, run: Run, slot: int) -> subprocess.Popen:
         """`moepp fit` in a process group of its own; what it prints goes to output.log in its folder."""
         run.folder.mkdir(parents=True, exist_ok=True)
-        replace_file(run.folder / "options.yaml", yaml.safe_dump(run.options, sort_keys=False).encode())
+        with replacing(run.folder / "options.yaml") as file:
+            file.write(yaml.safe_dump(run.options, sort_keys=False).encode())
         (run.folder / "failed.txt").unlink(missing_ok=True)
         command = [*FIT, "--config", str(run.folder / "options.yaml"), f"--trainer.default_root_dir={run.folder}"]
-        if run.last_checkpoint.is_file():
-            command.append(f"--ckpt_path={run.last_checkpoint}")
+        if (begun := last_checkpoint(run.folder)) is not None:
+            command.append(f"--ckpt_path={begun}")
         with (run.folder / "output.log").open("a") as log:
             return subprocess.Popen(
                 command,
@@ -226,19 +228,18 @@ def execute(runs: list[Run], workers: Workers) -> None:
 
 
 def settle(run: Run, exit_code: int) -> None:
-    """Write down a failure; of a success keep the weights alone, a third of the checkpoint, in last.ckpt."""
+    """Write down a failure; of a success keep the weights alone, a third of a checkpoint."""
     if not run.finished:
         lines = (run.folder / "output.log").read_text(errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
-        (run.folder / "failed.txt").write_text(f"exit code {exit_code}: {last}\n")
+        said = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+        (run.folder / "failed.txt").write_text(f"exit code {exit_code}: {said}\n")
         return
-    (run.folder / "checkpoints" / "best.ckpt").unlink(missing_ok=True)
-    if run.last_checkpoint.is_file():
-        checkpoint = read_checkpoint(run.last_checkpoint)
+    if (last := last_checkpoint(run.folder)) is not None:
+        checkpoint = read_checkpoint(last)
         checkpoint.pop("optimizer_states", None)
-        beside = run.last_checkpoint.with_suffix(".tmp")
-        torch.save(checkpoint, beside)
-        os.replace(beside, run.last_checkpoint)
+        write_checkpoint(last, checkpoint)
+        for other in set((run.folder / "checkpoints").iterdir()) - {last}:
+            other.unlink()
 
 
 class Overview:

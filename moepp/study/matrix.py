@@ -3,7 +3,6 @@
 import contextlib
 import io
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,10 +71,6 @@ class Run:
     def options(self) -> dict[str, Any]:
         """The recipe of this run: nothing in it is left to look up."""
         return replace_seed(self.variant.options, self.seed)
-
-    @property
-    def last_checkpoint(self) -> Path:
-        return self.folder / "checkpoints" / "last.ckpt"
 
     @property
     def finished(self) -> bool:
@@ -184,12 +179,3 @@ def replace_seed(options: Any, seed: int) -> Any:
     if isinstance(options, dict):
         return {key: replace_seed(value, seed) for key, value in options.items()}
     return seed if options == ANY_SEED else options
-
-
-def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(key, old value, new value) wherever two nested mappings differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in sorted(old.keys() | new.keys()):
-            yield from differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
-    elif old != new:
-        yield key, old, new

@@ -19,6 +19,7 @@ from moepp.study.matrix import Matrix, Run, Variant
 from moepp.study.results import Result, at_equal_flops, read_result
 from moepp.study.stats import Paired, mean_sd, paired
 from moepp.study.timing import Ratio, Speed
+from moepp.training.checkpoint import last_checkpoint
 
 
 @dataclass
@@ -132,7 +133,7 @@ def add_speed(matrix: Matrix, rows: list[Row], out: Path) -> None:
     """Time a trained model of each variant against the reference's; that against itself shows the noise."""
     trained = {}
     for row in rows:
-        with_weights = [r.run for _, r in sorted(row.results.items()) if r.run.last_checkpoint.is_file()]
+        with_weights = [r.run for _, r in sorted(row.results.items()) if last_checkpoint(r.run.folder)]
         if with_weights:
             trained[row.variant.name] = with_weights[0]
     if matrix.reference.name not in trained:

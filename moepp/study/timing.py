@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moepp.model import MoELayer, Routing
 from moepp.study.matrix import Run, Variant
 from moepp.training.callbacks import device_name
-from moepp.training.checkpoint import read_checkpoint
+from moepp.training.checkpoint import last_checkpoint, read_checkpoint
 from moepp.training.data import TokenDataModule
 from moepp.training.module import LitMoE
 
@@ -95,7 +95,9 @@ class Subject:
         data.setup()
         self.batch = {name: value.to(device) for name, value in next(iter(data.train_dataloader())).items()}
         self.model = untrained(run.variant).to(device)
-        self.model.load_state_dict(read_checkpoint(run.last_checkpoint)["state_dict"])
+        trained = last_checkpoint(run.folder)
+        assert trained is not None
+        self.model.load_state_dict(read_checkpoint(trained)["state_dict"])
         precision = json.loads((run.folder / "result.json").read_text())["precision"]
         self.dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
         self.autocast = torch.autocast(device.type, self.dtype, enabled=self.dtype is not None)

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from moepp.model import count_parameters, flops_per_token
 from moepp.model.generate import generate
-from moepp.training.csv_log import CSVLog, replace_file
+from moepp.training.collapse import CollapseWatch
+from moepp.training.csv_log import CSVLog
+from moepp.training.durable import replacing
 from moepp.training.module import LitMoE
 from moepp.training.provenance import provenance
 from moepp.training.tokens import END_OF_TEXT_ID
@@ -38,12 +40,14 @@ class Monitor(L.Callback):
         self.logged_step = 0
         self.clock = self.paused = 0.0
         self.last_validation = ""
+        self.watch = CollapseWatch()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": dict(self.sums), "logged_step": self.logged_step}
+        return {"sums": dict(self.sums), "logged_step": self.logged_step, "watch": self.watch.looks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.sums, self.logged_step = dict(state_dict["sums"]), state_dict["logged_step"]
+        self.watch.looks = state_dict["watch"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LitMoE) -> None:  # type: ignore[override]
         self.clock, self.begun, self.begun_step = time.perf_counter(), time.perf_counter(), trainer.global_step
@@ -98,6 +102,8 @@ class Monitor(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
         self.print_status(trainer, metrics, model.moe.top_k)
+        for warning in self.watch.look(counts_LE, n_tokens, model.moe):
+            say(trainer, warning)
         self.sums, self.logged_step = {}, trainer.global_step
         self.clock, self.paused, self.batches_before = time.perf_counter(), 0.0, 0.0
 
@@ -160,7 +166,8 @@ class Summary(L.Callback):
             **final,
         }
         text = json.dumps(result, indent=2) + "\n"
-        replace_file(self.run_dir / "result.json", text.encode())  # where it stands, the run is finished
+        with replacing(self.run_dir / "result.json") as file:  # where it stands, the run is finished
+            file.write(text.encode())
         table = Table(title=f"{trainer.global_step} steps in {timedelta(seconds=int(seconds))}", show_header=False)
         table.add_row("validation loss", f"{final['final/loss']:.4f} nats/token")
         table.add_row("perplexity", f"{final['final/perplexity']:.2f}")

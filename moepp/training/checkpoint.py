@@ -1,23 +1,45 @@
-"""Checkpoints: what moepp adds to Lightning's, and reading them back without running what is in them."""
+"""Checkpoint files: written whole, checked on reading, and never able to run code.
 
+A checkpoint is what torch.save writes: a zip archive whose entries each carry a CRC-32, so that damage is found.
+"""
+
+import re
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from tokenizers import Tokenizer
 
 from moepp.model import InputError, MoEConfig, Transformer, TransformerConfig
+from moepp.training.durable import replacing
 from moepp.training.tokens import load_tokenizer
+
+
+def write_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
+    """Write `checkpoint` so that `path` is whole at every moment.
+
+    Raises:
+        OSError: no room, no permission; what stood at `path` still stands.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        torch.save(checkpoint, file)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The checkpoint's content, its tensors memory-mapped. `weights_only`: no file from elsewhere can run code.
 
     Raises:
-        InputError: missing, unreadable, or not written by moepp.
+        InputError: missing, damaged, or not written by moepp.
     """
     if not Path(path).is_file():
         raise InputError(f"ckpt_path: {path} does not exist")
+    if (damage := find_damage(path)) is not None:
+        raise InputError(f"{path}: is damaged, or no checkpoint ({damage})")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # zip, pickle and torch each raise their own
@@ -28,19 +50,43 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def require_state(path: str | Path, *keys: str) -> None:
-    """Raises InputError unless the checkpoint has all of `keys`: one that was imported, or belongs to a finished
-    study, holds weights alone."""
+def find_damage(path: str | Path) -> str | None:
+    """What is wrong with the archive by its own checksums; None where nothing is."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entry = archive.testzip()
+    except Exception as error:  # of a damaged directory zipfile raises this and that
+        return str(error) or type(error).__name__
+    return None if entry is None else f"checksum of {entry}"
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """How the trainer writes and reads checkpoints."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        write_checkpoint(path, checkpoint)
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return read_checkpoint(path)
+
+
+def require_state(path: str | Path, *keys: str) -> dict[str, Any]:
+    """The checkpoint's content, if it has all of `keys`.
+
+    Raises:
+        InputError: it has not: one that was imported, or belongs to a finished study, holds weights alone.
+    """
     checkpoint = read_checkpoint(path)
     if missing := [key for key in keys if key not in checkpoint]:
         raise InputError(f"ckpt_path: {path} has no {missing[0]}: it was not kept to be used this way")
+    return checkpoint
 
 
 def load_model(path: str | Path) -> tuple[Transformer, Tokenizer | None]:
     """The model, ready to evaluate, and its tokenizer (None after an import without one).
 
     Raises:
-        InputError: missing, unreadable, or not written by moepp.
+        InputError: missing, damaged, or not written by moepp.
     """
     checkpoint = read_checkpoint(path)
     meta = checkpoint["moepp"]
@@ -56,9 +102,48 @@ def load_model(path: str | Path) -> tuple[Transformer, Tokenizer | None]:
     return model.eval(), tokenizer
 
 
+# ---- the checkpoints of a run ------------------------------------------------------------------------------
+
+
+def step_path(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}.ckpt"
+
+
+def step_of(path: Path) -> int:
+    """The optimizer steps behind a step-<n>.ckpt."""
+    found = re.fullmatch(r"step-(\d+)\.ckpt", path.name)
+    assert found is not None
+    return int(found[1])
+
+
+def step_checkpoints(run_dir: Path) -> list[Path]:
+    """The run's step-<n>.ckpt, the latest first."""
+    found = (run_dir / "checkpoints").glob("step-*.ckpt")
+    return sorted((path for path in found if path.stem[5:].isdigit()), key=step_of, reverse=True)
+
+
+def last_checkpoint(run_dir: Path) -> Path | None:
+    """The run's last whole checkpoint, None if it has none. Damaged ones after it are named and passed over."""
+    damaged: list[str] = []
+    for path in step_checkpoints(run_dir):
+        if (damage := find_damage(path)) is None:
+            for other in damaged:
+                print(f"moepp: {other}: taking {path.name} instead", file=sys.stderr)
+            return path
+        damaged.append(f"{path} is damaged ({damage})")
+    return None
+
+
 def newest_checkpoint(recipe: str = "*") -> Path:
-    """The last written runs/<recipe>/<n>/checkpoints/last.ckpt."""
-    found = list(Path("runs").glob(f"{recipe}/*/checkpoints/last.ckpt"))
-    if not found:
+    """The last whole checkpoint of the run under runs/<recipe>/ that wrote one last.
+
+    Raises:
+        InputError: no run has a checkpoint, or the run's are all damaged.
+    """
+    written = [path for run_dir in Path("runs").glob(f"{recipe}/*") for path in step_checkpoints(run_dir)]
+    if not written:
         raise InputError(f"ckpt_path: runs/{recipe} has no checkpoint; train first (make train), or name one")
-    return max(found, key=lambda path: path.stat().st_mtime)
+    run_dir = max(written, key=lambda path: path.stat().st_mtime_ns).parent.parent
+    if (last := last_checkpoint(run_dir)) is None:
+        raise InputError(f"ckpt_path: the checkpoints of {run_dir} are all damaged")
+    return last

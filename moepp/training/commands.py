@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 
-from moepp import __version__
 from moepp.model import InputError, export_released, load_released
 from moepp.model import generate as generation
 from moepp.training import tokens
-from moepp.training.checkpoint import load_model, newest_checkpoint
+from moepp.training.checkpoint import load_model, newest_checkpoint, write_checkpoint
 from moepp.training.lightning_cli import OneLineParser
+from moepp.training.provenance import provenance
 
 
 def run(verb: str, arguments: list[str]) -> None:
@@ -101,15 +101,14 @@ def import_(folder: str, ckpt: str, tokenizer: str | None = None) -> None:
     if Path(ckpt).exists():
         raise InputError(f"ckpt: {ckpt} exists already; name another file or remove it")
     meta = {
-        "version": __version__,
+        **provenance(),
         "transformer": asdict(model.config),
         "moe": asdict(model.moe_config),
         "tokenizer": text,
         "data_hash": None,
     }
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
-    Path(ckpt).parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": state, "moepp": meta}, ckpt)
+    write_checkpoint(ckpt, {"state_dict": state, "moepp": meta})
     print(ckpt)
 
 

@@ -9,12 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write `content` beside `path`, then put it in its place: whoever looks finds the old file or the new one."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(content)
-    os.replace(beside, path)
+from moepp.training.durable import replacing
 
 
 class CSVLog(Logger):
@@ -74,13 +69,21 @@ class CSVLog(Logger):
             self.rows = {logged: row for logged, row in self.rows.items() if logged <= step}
             self.rewrite()
 
+    @rank_zero_only
+    def sync(self) -> None:
+        """See that what was logged outlives a power cut: a checkpoint that follows counts on it."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
     def rewrite(self) -> None:
         """Write the whole file beside the old one, then put it in its place."""
         content = b""
         for row in [{name: name for name in self.columns}, *self.rows.values()]:
             self.last_row_at = len(content)
             content += self.line(row)
-        replace_file(self.path, content)
+        with replacing(self.path) as file:
+            file.write(content)
 
     def line(self, row: dict[str, Any]) -> bytes:
         text = io.StringIO()

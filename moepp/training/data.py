@@ -38,6 +38,7 @@ class TokenDataModule(L.LightningDataModule):
         val_fraction: part of each domain that is held out for validation, in whole documents.
         num_workers: processes that load batches; reading token files is so cheap that 0 is fine.
         out_root: where token files are kept.
+        allow_other_text: continue a checkpoint that was trained on another text (made with the same tokenizer).
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class TokenDataModule(L.LightningDataModule):
         val_fraction: float = 0.02,
         num_workers: int = 0,
         out_root: str = "data/prepared",
+        allow_other_text: bool = False,
     ) -> None:
         super().__init__()
         least = {"vocab_size": (vocab_size, 257), "seq_len": (seq_len, 1), "batch_size": (batch_size, 1)}
@@ -67,6 +69,7 @@ class TokenDataModule(L.LightningDataModule):
         self.val_fraction = val_fraction
         self.num_workers = num_workers
         self.out_root = out_root
+        self.allow_other_text = allow_other_text
         self.files: TokenFiles  # from setup() on
 
     def prepare_data(self) -> None:

@@ -16,19 +16,21 @@ import lightning as L
 import torch
 import yaml
 from jsonargparse import set_parsing_settings
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from moepp.model import InputError, count_parameters
+from moepp.training.bad_steps import BadSteps
 from moepp.training.callbacks import Monitor, Summary, device_name, say
-from moepp.training.checkpoint import newest_checkpoint, require_state
+from moepp.training.checkpoint import CheckpointFiles, newest_checkpoint, require_state, step_checkpoints
 from moepp.training.csv_log import CSVLog
 from moepp.training.data import TokenDataModule
 from moepp.training.module import LitMoE
-from moepp.training.stop import StopOnSignal
+from moepp.training.provenance import differences
+from moepp.training.saving import Checkpoints, StopOnSignal
 from moepp.training.tokens import padded_vocab_size
 
 TRAINER_DEFAULTS = {
@@ -52,13 +54,7 @@ def run(verb: str, arguments: list[str]) -> None:
     arguments = expand_bases(arguments)
     recipes = [Path(value).stem for flag, value in pairwise(arguments) if flag == "--config"]
     MoECLI.recipe = recipes[-1] if recipes else "default"
-    if "--ckpt_path=last" in arguments or ("--ckpt_path", "last") in pairwise(arguments):
-        # the run goes on as it was begun, whatever the recipe says by now; what is on the command line wins
-        begun = newest_checkpoint(MoECLI.recipe).parent.parent / "config.yaml"
-        if begun.is_file():
-            given = [i for i, flag in enumerate(arguments) if flag == "--config"]
-            arguments = [a for i, a in enumerate(arguments) if i not in given and i - 1 not in given]
-            arguments = ["--config", str(begun), *arguments]
+    arguments = expand_last(arguments, MoECLI.recipe)
     try:
         MoECLI(
             LitMoE,
@@ -114,12 +110,13 @@ class MoECLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--base", type=str | None, help="in a recipe: the recipe that it changes")
+        parser.add_class_arguments(Checkpoints, "checkpoints", skip={"run_dir"}, instantiate=False)
         parser.link_arguments("data.vocab_size", "model.transformer.vocab_size", compute_fn=padded_vocab_size)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Fill in what depends on the machine and the run: precision, folder, loggers, callbacks."""
         config = self._get(self.config_init, "trainer")
-        self.find_checkpoint()
+        begun = self.read_begun()
         if config["precision"] is None:
             bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
             kwargs["precision"] = "bf16-mixed" if bf16 and config["accelerator"] != "cpu" else "32-true"
@@ -134,31 +131,37 @@ class MoECLI(LightningCLI):
         self.claimed = False
         self.run_dir = self.claim_run_dir(config["default_root_dir"])
         kwargs["default_root_dir"] = str(self.run_dir)
-        if config["logger"] is None:
-            kwargs["logger"] = [
-                CSVLog(self.run_dir),
-                TensorBoardLogger(self.run_dir, name="", version="tensorboard"),
-            ]
-        callbacks: list[L.Callback] = [Monitor(), Summary(self.run_dir)]
-        if config["enable_checkpointing"] is not False:
-            callbacks.append(StopOnSignal(self.run_dir / "checkpoints" / "last.ckpt"))
-            callbacks.append(
-                ModelCheckpoint(
-                    self.run_dir / "checkpoints",
-                    filename="best",
-                    monitor="val/loss",
-                    save_last=True,
-                    enable_version_counter=False,
-                )
-            )
-        if kwargs.get("enable_progress_bar", config["enable_progress_bar"]):
-            callbacks.append(RichProgressBar(refresh_rate=10))
-        kwargs["callbacks"] = [*callbacks, *(config["callbacks"] or [])]
         try:
+            kwargs |= self.observers(config, begun)
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:
             self.forget_run_dir()
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"trainer: {str(error).splitlines()[0]}") from error
+
+    def observers(self, config: Any, begun: dict[str, Any] | None) -> dict[str, Any]:
+        """The trainer's loggers, callbacks and way to write checkpoints: all that writes to the run's folder."""
+        loggers = config["logger"]
+        if loggers is None:
+            # of what an earlier process logged, TensorBoard is to forget what this one will log again
+            purge = begun["global_step"] + 1 if begun and (self.run_dir / "metrics.csv").exists() else None
+            tensorboard = TensorBoardLogger(self.run_dir, name="", version="tensorboard", purge_step=purge)
+            loggers = [CSVLog(self.run_dir), tensorboard]
+        callbacks: list[L.Callback] = [Monitor(), Summary(self.run_dir), BadSteps(self.run_dir)]
+        plugins = config["plugins"] or []
+        if config["enable_checkpointing"] is not False:
+            self.checkpoints = Checkpoints(self.run_dir, **self._get(self.config_init, "checkpoints"))
+            callbacks += [StopOnSignal(self.checkpoints), self.checkpoints]
+            plugins = [CheckpointFiles(), *plugins]
+        progress_bar = config["enable_progress_bar"]
+        if sys.stdout.isatty() if progress_bar is None else progress_bar:
+            callbacks.append(RichProgressBar(refresh_rate=10))
+        return {
+            "logger": loggers,
+            "callbacks": [*callbacks, *(config["callbacks"] or [])],
+            "plugins": plugins or None,
+        }
 
     def forget_run_dir(self) -> None:
         """Leave nothing behind of a run that never took a step."""
@@ -166,16 +169,13 @@ class MoECLI(LightningCLI):
         if self.claimed and not (self.run_dir / "metrics.csv").exists():
             shutil.rmtree(self.run_dir)
 
-    def find_checkpoint(self) -> None:
-        """`--ckpt_path last` is the newest run's of this recipe; training goes on in that run's folder."""
-        arguments = self.config_init[str(self.subcommand)]
-        wanted = arguments["ckpt_path"]
-        if wanted == "last":
-            wanted = arguments["ckpt_path"] = str(newest_checkpoint(self.recipe))
-            arguments["trainer"]["default_root_dir"] = str(Path(wanted).parent.parent)
-        if wanted is not None:
-            state = ("optimizer_states", "lr_schedulers", "loops") if self.subcommand == "fit" else ()
-            require_state(wanted, "pytorch-lightning_version", *state)
+    def read_begun(self) -> dict[str, Any] | None:
+        """The checkpoint that `--ckpt_path` names, checked before anything is made."""
+        path = self.config_init[str(self.subcommand)]["ckpt_path"]
+        if path is None:
+            return None
+        state = ("optimizer_states", "lr_schedulers", "loops") if self.subcommand == "fit" else ()
+        return require_state(path, "pytorch-lightning_version", *state)
 
     def claim_run_dir(self, wanted: str | None) -> Path:
         """`wanted`, or a new runs/<recipe>/<n>. mkdir is the claim: two runs never share a folder."""
@@ -183,6 +183,13 @@ class MoECLI(LightningCLI):
             return Path(given)
         if wanted is not None:
             run_dir = Path(wanted)
+            held = step_checkpoints(run_dir)
+            begun = self.config_init[str(self.subcommand)]["ckpt_path"]
+            if held and (begun is None or Path(begun).resolve().parent != held[0].resolve().parent):
+                raise InputError(
+                    f"trainer.default_root_dir: {run_dir} holds a run; go on with it "
+                    f"(--ckpt_path={held[0]}), name another folder, or remove it"
+                )
             self.claimed = not run_dir.exists()
             run_dir.mkdir(parents=True, exist_ok=True)
         else:
@@ -204,13 +211,12 @@ class MoECLI(LightningCLI):
         """Train, then validate on all held-out text."""
         config = self._get(self.config_init, "trainer")
         try:
-            if self.trainer.is_global_zero:
-                self.save_config()
+            model.config_text = self.save_config()
             self.announce(model)
             self.trainer.fit(model, datamodule=datamodule, **kwargs)
             if self.trainer.state.finished and not config["fast_dev_run"]:
-                if self.trainer.checkpoint_callback is not None:
-                    self.trainer.save_checkpoint(self.run_dir / "checkpoints" / "last.ckpt")
+                if config["enable_checkpointing"] is not False:
+                    self.checkpoints.save(self.trainer)
                 self.trainer.limit_val_batches = 1.0
                 self.trainer.validate(model, datamodule=datamodule, verbose=False)
         except (InputError, MisconfigurationException, OSError):
@@ -234,18 +240,24 @@ class MoECLI(LightningCLI):
         for name, value in self.trainer.callback_metrics.items():
             print(f"{name:<40} {value:.4f}")
 
-    def save_config(self) -> None:
-        """config.yaml, or config.2.yaml and so on where a resumed run was given other options."""
+    def save_config(self) -> str:
+        """The resolved options as config.yaml; as config.2.yaml and so on where a resumed run was given others."""
         parser, config = self._parser("fit"), self.config.fit.clone()
         config.base = config.config = None  # resolved: nothing is left to look up
         config.ckpt_path = config.trainer.default_root_dir = None  # where it began, not what it is
         text = parser.dump(config, skip_none=False)
-        n, path = 1, self.run_dir / "config.yaml"
-        while path.exists() and path.read_text() != text:
-            n, path = n + 1, self.run_dir / f"config.{n + 1}.yaml"
-        path.write_text(text)
-        if n > 1:
-            say(self.trainer, f"goes on with other options than it began with: {path}")
+        before = newest_config(self.run_dir)
+        if before is None:
+            path = self.run_dir / "config.yaml"
+        elif changes := list(differences(yaml.safe_load(before.read_text()), yaml.safe_load(text))):
+            path = self.run_dir / f"config.{config_number(before) + 1}.yaml"
+            named = ", ".join(f"{key}={new} (was {old})" for key, old, new in changes)
+            say(self.trainer, f"goes on with other options, now in {path}: {named}")
+        else:
+            return text
+        if self.trainer.is_global_zero:
+            path.write_text(text)
+        return text
 
     def announce(self, model: LitMoE) -> None:
         parameters = count_parameters(model.transformer, model.moe)
@@ -256,6 +268,33 @@ class MoECLI(LightningCLI):
             f"{self.run_dir}: {parameters.total / 1e6:.1f}M parameters, "
             f"about {active / 1e6:.1f}M active per token, {self.trainer.precision} on {device}",
         )
+
+
+def expand_last(arguments: list[str], recipe: str) -> list[str]:
+    """`--ckpt_path last` is the newest checkpoint under runs/<recipe>/.
+
+    The run goes on in its folder and with its own options, whatever the recipe says by now; what else is on the
+    command line wins.
+    """
+    if "--ckpt_path=last" not in arguments and ("--ckpt_path", "last") not in pairwise(arguments):
+        return arguments
+    checkpoint = newest_checkpoint(recipe)
+    run_dir = checkpoint.parent.parent
+    if (config := newest_config(run_dir)) is not None:
+        recipes = [i for i, argument in enumerate(arguments) if argument == "--config"]
+        others = [a for i, a in enumerate(arguments) if i not in recipes and i - 1 not in recipes]
+        arguments = ["--config", str(config), *others]
+    return [*arguments, f"--ckpt_path={checkpoint}", f"--trainer.default_root_dir={run_dir}"]
+
+
+def newest_config(run_dir: Path) -> Path | None:
+    """config.yaml, or the config.<n>.yaml of the last time that the run went on with other options."""
+    return max(run_dir.glob("config*.yaml"), key=config_number, default=None)
+
+
+def config_number(path: Path) -> int:
+    """2 of config.2.yaml, 1 of config.yaml."""
+    return int(path.suffixes[0][1:]) if len(path.suffixes) == 2 else 1
 
 
 def expand_bases(arguments: list[str]) -> list[str]:

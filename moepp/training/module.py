@@ -12,7 +12,6 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.text import Perplexity
 
-from moepp import __version__
 from moepp.model import (
     InputError,
     MoEConfig,
@@ -23,6 +22,7 @@ from moepp.model import (
 )
 from moepp.model.config import require
 from moepp.training.metrics import BitsPerByte
+from moepp.training.provenance import provenance
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class OptimConfig:
         weight_decay: of matrices alone; gains and constants are not decayed.
         betas: of AdamW.
         eps: of AdamW.
+        max_bad_steps: steps with a gradient that is not finite are skipped; after so many in a row the run ends.
     """
 
     lr: float = 5e-4
@@ -44,6 +45,7 @@ class OptimConfig:
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
+    max_bad_steps: int = 10
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optim.lr", self.lr, "must be positive")
@@ -53,6 +55,7 @@ class OptimConfig:
         for beta in self.betas:
             require(0 <= beta < 1, "optim.betas", self.betas, "must be at least 0 and below 1")
         require(self.eps > 0, "optim.eps", self.eps, "must be positive")
+        require(self.max_bad_steps >= 1, "optim.max_bad_steps", self.max_bad_steps, "must be at least 1")
 
     def lr_at(self, step: int, total_steps: int) -> float:
         """Learning rate of optimizer step `step` (from 0) of `total_steps`."""
@@ -87,6 +90,8 @@ class LitMoE(L.LightningModule):
             for block in self.model.blocks:
                 block.compile()
         self.gradient_norm = torch.tensor(float("nan"))
+        self.config_text = ""  # every option of the run, for its checkpoints
+        self.bad_step = torch.zeros(())  # 1: the last optimizer step was skipped
 
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -108,9 +113,11 @@ class LitMoE(L.LightningModule):
             hidden_BSD.flatten(0, 1), self.model.head.weight, batch["targets"].flatten()
         )
         balance = mean_load_balance_loss(routings)
+        loss = cross_entropy + self.moe.balance_weight * balance
         kept = [routing.kept.float().mean() for routing in routings if routing.kept is not None]
         return {
-            "loss": cross_entropy + self.moe.balance_weight * balance,
+            # a loss that is not finite makes every gradient NaN, on every device: the step will be skipped
+            "loss": loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan),
             "cross_entropy": cross_entropy.detach(),
             "balance": balance.detach(),
             "ffn_assignments": torch.stack([routing.computed().sum() for routing in routings]).sum(),
@@ -179,40 +186,64 @@ class LitMoE(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """As Lightning clips, keeping the norm from before for the log."""
+        """As Lightning clips, keeping the norm from before for the log. One that is not finite skips the step."""
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         self.gradient_norm = torch.nn.utils.get_total_norm(gradients)
+        self.bad_step = (~self.gradient_norm.isfinite()).float()
+        if optimizer.defaults["fused"]:  # else the gradient scaler of fp16 sees to it
+            optimizer.found_inf = self.bad_step  # type: ignore[attr-defined]  # 1: AdamW does nothing, on the device
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.gradient_norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
+    def on_train_start(self) -> None:
+        """The optimizer's state is a checkpoint's, its settings are what the options say now."""
+        groups = self.trainer.optimizers[0].param_groups
+        schedule: Any = self.trainer.lr_scheduler_configs[0].scheduler
+        schedule.base_lrs = [self.optim.lr] * len(groups)
+        lr = self.optim.lr * schedule.lr_lambdas[0](schedule.last_epoch)  # to the last bit as LambdaLR does
+        for group, decay in zip(groups, (self.optim.weight_decay, 0.0), strict=True):
+            group |= {"initial_lr": self.optim.lr, "lr": lr, "weight_decay": decay}
+            group |= {"betas": self.optim.betas, "eps": self.optim.eps}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         tokens = self.trainer.datamodule.files  # type: ignore[attr-defined]
         checkpoint["moepp"] = {
-            "version": __version__,
+            **provenance(),
+            "config": self.config_text,
             "transformer": asdict(self.transformer),
             "moe": asdict(self.moe),
             "tokenizer": tokens.tokenizer_json,
+            "tokenizer_hash": tokens.meta["tokenizer_sha256"],
             "data_hash": tokens.meta["data_hash"],
+            "data": tokens.label,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another shape, naming the first difference.
+        """Refuses a checkpoint of another shape or of another text, naming the difference.
 
         Raises:
-            InputError: made with another model or tokenizer.
+            InputError: made with another model, tokenizer or text.
         """
         saved = checkpoint["moepp"]
         for part, config in (("transformer", self.transformer), ("moe", self.moe)):
             for key, value in asdict(config).items():
                 if saved[part][key] != value and key not in FREE_TO_CHANGE:
                     raise InputError(f"model.{part}.{key}: is {value}, the checkpoint's is {saved[part][key]}")
-        if saved["tokenizer"] != self.trainer.datamodule.files.tokenizer_json:  # type: ignore[attr-defined]
-            raise InputError("ckpt_path: was trained with another tokenizer than data.path has")
-        data_hash = self.trainer.datamodule.files.meta["data_hash"]  # type: ignore[attr-defined]
-        if self.trainer.state.fn == "fit" and saved["data_hash"] != data_hash:
-            raise InputError("data.path: is not the text that the checkpoint was trained on; start a new run")
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        meta = data.files.meta
+        if saved["tokenizer"] != data.files.tokenizer_json:
+            raise InputError(
+                f"ckpt_path: was trained with another tokenizer ({saved['tokenizer_hash'][:8]}) than data.path "
+                f"has ({meta['tokenizer_sha256'][:8]})"
+            )
+        same = saved["data_hash"] == meta["data_hash"]
+        if self.trainer.state.fn == "fit" and not same and not data.allow_other_text:
+            raise InputError(
+                f"data.path: {data.files.label} is not what the checkpoint was trained on, {saved['data']}; "
+                "start a new run, or say --data.allow_other_text=true to go on with it"
+            )
 
 
 # what a resumed run may set anew: none of it changes the shape or the meaning of a weight

@@ -3,8 +3,10 @@
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +19,7 @@ def provenance() -> dict[str, str]:
     return {
         "moepp": __version__,
         "commit": commit(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a class of its own, which no checkpoint may hold
         "python": platform.python_version(),
         "machine": f"{os.cpu_count()} CPU cores, {platform.system()} {platform.machine()}",
     }
@@ -32,3 +34,12 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.strip() + (" with changes" if changes else "")
+
+
+def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, old value, new value) wherever two nested mappings differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            yield from differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+    elif old != new:
+        yield key, old, new

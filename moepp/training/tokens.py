@@ -37,6 +37,7 @@ from tokenizers.trainers import BpeTrainer
 
 from moepp.model.errors import InputError
 from moepp.training.corpus import Document, open_source
+from moepp.training.durable import fsync_folder
 
 if TYPE_CHECKING:
     import torch
@@ -121,9 +122,9 @@ def prepare(
             }
             _write_tokens(unfinished, documents, held_out, vocab_size, about, progress)
             documents.delete()
-            _sync(unfinished)
+            fsync_folder(unfinished)
             unfinished.rename(folder)
-            _sync(root)
+            fsync_folder(root)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return folder
@@ -384,6 +385,11 @@ class TokenFiles:
         """Per domain, begin and end of its tokens in ``val``; the token before is ``<|endoftext|>``."""
         return [(d["val_range"][0], d["val_range"][1]) for d in self.meta["domains"].values()]
 
+    @property
+    def label(self) -> str:
+        """Which text this is, in a few words."""
+        return f"{self.path} ({len(self.train):,} training tokens, hash {self.meta['data_hash'][:8]})"
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the files were made with."""
@@ -463,14 +469,6 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
 
 
 def _sha256(text: str) -> str:

@@ -7,7 +7,8 @@ import yaml
 
 from moepp.cli import main
 from moepp.model import InputError, count_parameters
-from moepp.study.matrix import Matrix, differences, read_matrix, resolve
+from moepp.study.matrix import Matrix, read_matrix, resolve
+from moepp.training.provenance import differences
 from tests.conftest import RECIPES
 
 

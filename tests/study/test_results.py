@@ -28,6 +28,7 @@ def write_run(run: Run, final_loss: float, ffn: float, losses: tuple[float, floa
     header = "step,train/tokens,routing/ffn_per_token,val/loss"
     (run.folder / "metrics.csv").write_text("\n".join([header, *rows]) + "\n")
     result = {"device": "none", "precision": "32-true", "final/loss": final_loss, "final/ffn_per_token": ffn}
+    result |= {"moepp": "0", "commit": "abc", "torch": "2", "python": "3", "machine": "none"}
     result |= {"final/bits_per_byte": final_loss / 2, "final/bits_per_byte/prose": final_loss / 2}
     (run.folder / "result.json").write_text(json.dumps(result))
     return run

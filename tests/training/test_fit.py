@@ -3,15 +3,17 @@
 import csv
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moepp.cli import main
-from moepp.training.checkpoint import load_model
+from moepp.training.checkpoint import last_checkpoint, load_model, read_checkpoint, step_of, step_path
 from moepp.training.module import LitMoE
 from tests.conftest import RECIPES, tiny
 
@@ -84,11 +86,11 @@ def test_a_run_leaves_everything_in_its_folder(trained: Path) -> None:
     assert "step 60/60" in log
     assert "bits per byte" in log
     assert "small: " in log  # the sample
-    model, tokenizer = load_model(run / "checkpoints/last.ckpt")
+    model, tokenizer = load_model(run / "checkpoints/step-00000060.ckpt")
     assert tokenizer is not None
     assert tokenizer.decode(tokenizer.encode("every token").ids) == "every token"
     assert model.config.vocab_size == 320
-    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 60
+    assert torch.load(run / "checkpoints/step-00000060.ckpt", weights_only=True)["global_step"] == 60
 
 
 def test_resolved_config_runs_again_and_never_collides(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +111,7 @@ def test_generate(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
             main(
                 [
                     "generate",
-                    "--ckpt=runs/moepp/1/checkpoints/last.ckpt",
+                    "--ckpt=runs/moepp/1/checkpoints/step-00000060.ckpt",
                     "--prompt",
                     "every token",
                     "--max_new_tokens=12",
@@ -126,7 +128,7 @@ def test_validate_and_test_print_the_final_metrics(trained: Path, capsys, monkey
     monkeypatch.chdir(trained)
     result = json.loads((trained / "runs/moepp/1/result.json").read_text())
     for verb in ("validate", "test"):
-        config, ckpt = "runs/moepp/1/config.yaml", "runs/moepp/1/checkpoints/last.ckpt"
+        config, ckpt = "runs/moepp/1/config.yaml", "runs/moepp/1/checkpoints/step-00000060.ckpt"
         assert main([verb, "--config", config, "--ckpt_path", ckpt]) == 0
         printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("final/"))
         assert float(printed["final/loss"]) == pytest.approx(result["final/loss"], abs=1e-4)
@@ -191,6 +193,64 @@ def test_resume_keeps_the_options_of_the_run(text_file: Path, workdir: Path) -> 
     changed = set((run / "config.2.yaml").read_text().splitlines()) ^ set(before.splitlines())
     assert changed == {"  max_steps: 2", "  max_steps: 4"}
     assert [int(row["step"]) for row in read_csv(run)] == [1, 2, 3, 4]
+    assert "trainer.max_steps=4 (was 2)" in (run / "train.log").read_text()
+    # the next time it goes on with what it had then
+    assert main(["fit", recipe, "--ckpt_path=last", "--model.optim.lr=0.005"]) == 0
+    third = yaml.safe_load((run / "config.3.yaml").read_text())
+    assert third["trainer"]["max_steps"] == 4
+    assert third["model"]["optim"]["lr"] == 0.005
+
+
+def test_a_changed_learning_rate_is_obeyed(text_file: Path, workdir: Path) -> None:
+    options = [*tiny(text_file), "--model.optim.min_lr=0.01"]  # constant after the warm-up
+    assert main(["fit", *options, "--trainer.max_steps=4"]) == 0
+    changed = ["--model.optim.lr=0.002", "--model.optim.min_lr=0.002", "--model.optim.weight_decay=0.3"]
+    assert main(["fit", *options, *changed, "--trainer.max_steps=6", "--ckpt_path=last"]) == 0
+    run = Path("runs/moepp/1")
+    assert [float(row["train/lr"]) for row in read_csv(run)] == pytest.approx([0.01] * 4 + [0.002] * 2)
+    groups = read_checkpoint(step_path(run, 6))["optimizer_states"][0]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+
+
+def test_another_text_is_refused_unless_it_is_meant(text_file: Path, workdir: Path, capsys) -> None:
+    options = [*tiny(text_file), "--trainer.max_steps=2"]
+    assert main(["fit", *options]) == 0
+    prepared = next(Path("data/prepared").glob("small-*"))
+    other = Path(shutil.copytree(prepared, "other"))
+    meta = json.loads((other / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps(meta | {"data_hash": "0123456789abcdef"}))
+    options += ["--data.path=other", "--trainer.max_steps=4", "--ckpt_path=last"]
+    assert main(["fit", *options]) == 2
+    message = capsys.readouterr().err
+    assert "other (" in message
+    assert "hash 01234567) is not what the checkpoint was trained on, " in message
+    assert f"hash {meta['data_hash'][:8]}" in message
+    assert main(["fit", *options, "--data.allow_other_text=true"]) == 0
+    assert read_checkpoint(step_path(Path("runs/moepp/1"), 4))["moepp"]["data_hash"] == "0123456789abcdef"
+
+
+def test_tensorboard_forgets_what_a_resumed_run_logs_again(
+    text_file: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*tiny(text_file), "--trainer.max_steps=5", "--trainer.val_check_interval=3"]
+    whole_step = LitMoE.training_step
+
+    def cut(self: LitMoE, batch: dict, batch_idx: int) -> dict:
+        if self.trainer.global_step == 4:
+            raise PowerCut
+        return whole_step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LitMoE, "training_step", cut)
+        with pytest.raises(PowerCut):
+            main(["fit", *options])
+    assert main(["fit", *options, "--ckpt_path=last"]) == 0
+    events = EventAccumulator("runs/moepp/1/tensorboard")
+    events.Reload()
+    rows = read_csv(Path("runs/moepp/1"))
+    for name in ("train/cross_entropy", "val/loss"):
+        logged = [(event.step, event.value) for event in events.Scalars(name)]
+        assert [step for step, _ in logged] == [int(row["step"]) for row in rows if row[name]]
 
 
 @pytest.mark.parametrize(
@@ -231,11 +291,12 @@ def test_a_resumed_run_is_the_same_run(
             main(["fit", *options])
     if cut != "power":
         assert stopped.value.code == {"SIGINT": 130, "SIGTERM": 143}[cut]
-    saved = torch.load("runs/moepp/2/checkpoints/last.ckpt", weights_only=True)
-    assert saved["global_step"] == (6 if cut == "power" else step)
+    saved = last_checkpoint(Path("runs/moepp/2"))
+    assert saved is not None
+    assert step_of(saved) == (6 if cut == "power" else step)
     assert main(["fit", *options, "--ckpt_path=last"]) == 0
 
-    whole, resumed = (torch.load(f"runs/moepp/{n}/checkpoints/last.ckpt", weights_only=True) for n in (1, 2))
+    whole, resumed = (read_checkpoint(step_path(Path(f"runs/moepp/{n}"), 10)) for n in (1, 2))
     assert whole["global_step"] == resumed["global_step"] == 10
     for name, value in whole["state_dict"].items():
         assert torch.equal(value, resumed["state_dict"][name]), name

@@ -204,7 +204,7 @@ def test_second_call_does_nothing_and_changed_text_gets_a_folder(
     assert TokenFiles.open(changed).meta["domains"]["a"]["train"]["documents"] == 10
 
 
-@pytest.mark.parametrize("step", ["_train_tokenizer", "_encode", "_write", "_sync"])
+@pytest.mark.parametrize("step", ["_train_tokenizer", "_encode", "_write", "fsync_folder"])
 def test_a_call_cut_off_leaves_nothing_that_passes_for_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

@@ -1,0 +1,54 @@
+"""Has the router collapsed? It is said once, with what to try."""
+
+from torch import Tensor
+
+from moepp.model import MoEConfig
+
+PATIENCE = 5  # looks in a row; by chance alone a kind with few tokens is without any now and then
+NEARLY_ALL = 0.9  # of the tokens
+SAID = -1
+
+
+class CollapseWatch:
+    """Looks at how often each expert was chosen, whenever metrics are logged."""
+
+    def __init__(self) -> None:
+        self.looks: dict[str, int] = {}  # how many looks in a row saw it, or SAID
+
+    def look(self, tokens_per_expert_LE: Tensor, n_tokens: float, moe: MoEConfig) -> list[str]:
+        """What there is to warn of now, a line each.
+
+        Args:
+            tokens_per_expert_LE: assignments in each layer since the last look.
+            n_tokens: tokens since the last look.
+            moe: the layers' configuration.
+        """
+        seen = symptoms(tokens_per_expert_LE, n_tokens, moe)
+        self.looks = {what: looks for what, looks in self.looks.items() if what in seen or looks == SAID}
+        lines = []
+        for what, line in seen.items():
+            looks = self.looks.get(what, 0)
+            if looks == SAID:
+                continue
+            self.looks[what] = looks + 1
+            if looks + 1 == PATIENCE:
+                self.looks[what] = SAID
+                lines.append(
+                    f"the router seems to have collapsed: {line}, {PATIENCE} logs in a row; try a larger "
+                    "model.moe.balance_weight, a lower model.optim.lr or more model.optim.warmup_steps"
+                )
+        return lines
+
+
+def symptoms(tokens_per_expert_LE: Tensor, n_tokens: float, moe: MoEConfig) -> dict[str, str]:
+    """Signs of a collapse: an expert kind without tokens, one expert with nearly all."""
+    seen = {}
+    for kind, where in moe.kinds.items():
+        empty_L = tokens_per_expert_LE[:, where].sum(1) == 0
+        if where.start < where.stop and empty_L.any():
+            seen[kind] = f"no token takes a {kind} expert in layer {int(empty_L.int().argmax())}"
+    busiest = tokens_per_expert_LE.max() / n_tokens
+    if busiest >= NEARLY_ALL and moe.top_k < moe.n_experts:
+        layer, expert = divmod(int(tokens_per_expert_LE.argmax()), moe.n_experts)
+        seen["expert"] = f"expert {expert} of layer {layer} takes {float(busiest):.0%} of the tokens"
+    return seen

@@ -1,0 +1,154 @@
+"""When a run's state is written down, and which checkpoints are kept."""
+
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+
+from moepp.model import InputError
+from moepp.training.callbacks import say
+from moepp.training.checkpoint import step_checkpoints, step_of, step_path
+from moepp.training.csv_log import CSVLog
+from moepp.training.durable import fsync_folder
+
+
+class Checkpoints(Checkpoint):
+    """Writes checkpoints/step-<n>.ckpt at every validation and at the end, and keeps the last ones and the best.
+
+    best.ckpt, the one with the lowest validation loss, is a second name (a hard link) of its step's file.
+
+    Args:
+        run_dir: folder of the run.
+        keep: how many of the last ones stay. With two or more, a damaged one has one before it.
+        every_n_steps: write one that often as well, for runs that validate seldom.
+    """
+
+    def __init__(self, run_dir: Path, keep: int = 2, every_n_steps: int | None = None) -> None:
+        if keep < 1:
+            raise InputError(f"checkpoints.keep: must be at least 1, got {keep}")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise InputError(f"checkpoints.every_n_steps: must be at least 1, got {every_n_steps}")
+        self.run_dir, self.keep, self.every_n_steps = run_dir, keep, every_n_steps
+        self.best_loss, self.best_step = float("inf"), -1
+        self.validation_due = False  # written after a step, before the validation that belongs to it
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("best_loss", "best_step", "validation_due")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, value in state_dict.items():
+            setattr(self, name, value)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            for path in step_checkpoints(self.run_dir):
+                if step_of(path) > trainer.global_step:  # damaged: this run goes on from the one before
+                    path.unlink()
+        if self.validation_due:
+            validate(trainer)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        every = self.every_n_steps
+        if every and trainer.global_step % every == 0 and not within_step(trainer):
+            self.save(trainer, validation_is_due(trainer))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        loss = float(trainer.callback_metrics["val/loss"])
+        if loss < self.best_loss:
+            self.best_loss, self.best_step = loss, trainer.global_step
+        self.save(trainer)
+
+    def save(self, trainer: L.Trainer, validation_due: bool = False) -> Path:
+        """Write the state after the step at hand; remove what is no longer kept."""
+        self.validation_due = validation_due
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLog):
+                logger.sync()
+        path = step_path(self.run_dir, trainer.global_step)
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            if self.best_step == trainer.global_step:
+                beside = path.with_name("best.ckpt.tmp")
+                beside.unlink(missing_ok=True)
+                os.link(path, beside)
+                os.replace(beside, path.with_name("best.ckpt"))
+            for old in step_checkpoints(self.run_dir)[self.keep :]:
+                old.unlink()
+            fsync_folder(path.parent)
+        return path
+
+
+class StopOnSignal(L.Callback):
+    """Ctrl-C and SIGTERM (a cluster's pre-emption) end a run with a checkpoint that it can be continued from.
+
+    Finishes the optimizer step at hand, as gradients that are half accumulated are in no checkpoint, and leaves
+    with exit code 130 (Ctrl-C) or 143 (SIGTERM). A second signal is obeyed at once.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+        self.received: signal.Signals | None = None
+        self.before: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.before = {number: signal.signal(number, self.receive) for number in self.SIGNALS}
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if not within_step(trainer) and self.received_anywhere(trainer):
+            self.leave(trainer, validation_is_due(trainer))
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if self.received_anywhere(trainer):
+            self.leave(trainer, validation_due=True)  # begun anew by the run that goes on from here
+
+    def received_anywhere(self, trainer: L.Trainer) -> bool:
+        """Several devices must leave at the same step, whichever of them was told first."""
+        return trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
+
+    def leave(self, trainer: L.Trainer, validation_due: bool) -> NoReturn:
+        path = self.checkpoints.save(trainer, validation_due)
+        told = self.received or signal.SIGTERM
+        say(trainer, f"stopped by {told.name} after step {trainer.global_step}: {path} is written")
+        raise SystemExit(128 + told)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.restore()
+
+
+# What Lightning's loops know and do not tell
+
+
+def within_step(trainer: L.Trainer) -> bool:
+    """More batches are to be accumulated before the optimizer steps."""
+    return trainer.fit_loop._should_accumulate()
+
+
+def validation_is_due(trainer: L.Trainer) -> bool:
+    """Once this step's callbacks are through."""
+    loop = trainer.fit_loop
+    return loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
+def validate(trainer: L.Trainer) -> None:
+    """What the training loop does where a validation is due."""
+    val_loop = trainer.fit_loop.epoch_loop.val_loop
+    val_loop.restarting = False  # from its first batch
+    trainer.validating = True
+    val_loop.run()
+    trainer.training = True

@@ -1,0 +1,138 @@
+"""Checkpoint files: whole at every moment, checked on reading, the one before a damaged one is used."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from moepp.cli import main
+from moepp.model import InputError
+from moepp.training import checkpoint as files
+from moepp.training.checkpoint import read_checkpoint, step_path, write_checkpoint
+from tests.conftest import tiny
+
+CONTENT = {"moepp": {"version": "0"}, "state_dict": {"a": torch.arange(300.0), "b": torch.ones(7, 9)}}
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "deeper" / "a.ckpt", CONTENT)
+    back = read_checkpoint(tmp_path / "deeper" / "a.ckpt")
+    assert back["moepp"] == CONTENT["moepp"]
+    for name, value in CONTENT["state_dict"].items():
+        assert torch.equal(back["state_dict"][name], value)
+    assert [path.name for path in (tmp_path / "deeper").iterdir()] == ["a.ckpt"]
+
+
+def test_a_flipped_bit_is_found_or_harmless(tmp_path: Path) -> None:
+    """Harmless is one in the padding between entries or in a date."""
+    path = tmp_path / "a.ckpt"
+    write_checkpoint(path, CONTENT)
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    found = 0
+    for _ in range(400):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            back = read_checkpoint(path)
+        except InputError:
+            found += 1
+            continue
+        assert all(torch.equal(back["state_dict"][name], value) for name, value in CONTENT["state_dict"].items())
+        assert back["moepp"] == CONTENT["moepp"]
+    assert found > 200
+
+
+def test_a_flipped_bit_in_a_weight_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    write_checkpoint(path, CONTENT)
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(CONTENT["state_dict"]["a"].numpy().tobytes()) + 500] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(InputError, match="is damaged"):
+        read_checkpoint(path)
+
+
+def test_one_cut_short_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    write_checkpoint(path, CONTENT)
+    whole = path.read_bytes()
+    for size in range(0, len(whole), 97):
+        path.write_bytes(whole[:size])
+        with pytest.raises(InputError, match=r"a\.ckpt"):
+            read_checkpoint(path)
+
+
+def test_a_full_disk_leaves_the_old_one(tmp_path: Path) -> None:
+    """/dev/full accepts nothing, as a disk without room does."""
+    path = tmp_path / "a.ckpt"
+    write_checkpoint(path, CONTENT)
+    before = path.read_bytes()
+    (tmp_path / "a.ckpt.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device"):
+        write_checkpoint(path, CONTENT)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def test_a_write_that_breaks_off_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.ckpt"
+    write_checkpoint(path, CONTENT)
+    before = path.read_bytes()
+
+    def cut_off(content: object, file: object) -> None:
+        file.write(before[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.torch, "save", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(path, CONTENT)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def test_a_damaged_one_is_named_and_the_one_before_used(text_file: Path, workdir: Path, capsys) -> None:
+    options = [*tiny(text_file), "--trainer.max_steps=4"]
+    assert main(["fit", *options]) == 0
+    whole, run = Path("runs/moepp/1").rename("whole"), Path("runs/moepp/2")
+    assert main(["fit", *options, f"--trainer.default_root_dir={run}"]) == 0
+    last = step_path(run, 4)
+    os.truncate(last, last.stat().st_size // 2)
+    capsys.readouterr()
+    assert main(["fit", *options, "--ckpt_path=last"]) == 0
+    assert f"{last} is damaged" in capsys.readouterr().err
+    ends = [read_checkpoint(step_path(folder, 4)) for folder in (whole, run)]
+    for name, value in ends[0]["state_dict"].items():
+        assert torch.equal(value, ends[1]["state_dict"][name]), name
+    for path in (run / "checkpoints").iterdir():
+        os.truncate(path, 100)
+    assert main(["fit", *options, "--ckpt_path=last"]) == 2
+    assert f"the checkpoints of {run} are all damaged" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_the_run_with_one_line(text_file: Path, workdir: Path, capsys) -> None:
+    """The checkpoint from before stays, and the run can go on from it."""
+    options = [*tiny(text_file), "--trainer.max_steps=6", "--trainer.default_root_dir=run"]
+    full = Path("run/checkpoints/step-00000004.ckpt.tmp")
+    full.parent.mkdir(parents=True)
+    full.symlink_to("/dev/full")
+    assert main(["fit", *options]) == 2
+    message = capsys.readouterr().err.strip()
+    assert message.count("\n") == 0
+    assert "No space left on device" in message
+    assert "step-00000004.ckpt" in message
+    good = step_path(Path("run"), 2)
+    assert read_checkpoint(good)["global_step"] == 2
+    assert main(["fit", *options, f"--ckpt_path={good}"]) == 0
+    assert read_checkpoint(step_path(Path("run"), 6))["global_step"] == 6
+
+
+def test_they_carry_where_they_come_from(text_file: Path, workdir: Path) -> None:
+    assert main(["fit", *tiny(text_file), "--trainer.max_steps=2"]) == 0
+    run = Path("runs/moepp/1")
+    meta = read_checkpoint(step_path(run, 2))["moepp"]
+    assert meta["config"] == (run / "config.yaml").read_text()
+    assert {"moepp", "commit", "torch", "tokenizer_hash", "data_hash"} <= meta.keys()
