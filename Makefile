@@ -48,8 +48,8 @@ resume: setup ## continue the newest run of RECIPE
 generate: setup ## PROMPT="…": text from the newest checkpoint
 	@$(MOEPP) generate --prompt="$$PROMPT" $(ARGS)
 
-test: setup ## the test suite
-	$(VENV)/bin/python -m pytest $(ARGS)
+test: setup ## the test suite, on all cores
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto $(ARGS)
 
 soak: setup ## kill training runs at random moments and see that nothing is lost
 	$(VENV)/bin/python -m tests.soak $(ARGS)

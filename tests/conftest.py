@@ -1,3 +1,4 @@
+import csv
 import random
 from pathlib import Path
 
@@ -64,3 +65,8 @@ def tiny(text: Path, recipe: str = "moepp.yaml") -> list[str]:
         "--trainer.limit_val_batches=2",
         "--trainer.log_every_n_steps=1",
     ]
+
+
+def read_csv(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))

@@ -8,7 +8,8 @@ import yaml
 
 from moepp.cli import main
 from moepp.model import MoEConfig, Transformer, TransformerConfig, count_parameters
-from moepp.training.lightning_cli import with_bases
+from moepp.training.arguments import with_bases
+from moepp.training.checkpoint import read_checkpoint, step_path
 from tests.conftest import RECIPES, tiny
 
 MATRICES = {"compare.yaml", "ablate.yaml"}  # of recipes; tests/study has their tests
@@ -36,9 +37,16 @@ def test_builds_on_the_meta_device_with_the_counted_parameters(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_takes_two_steps_when_shrunk(name: str, text_file: Path, workdir: Path) -> None:
-    assert main(["fit", *tiny(text_file, name), "--trainer.max_steps=2"]) == 0
-    assert (workdir / "runs" / Path(name).stem / "1" / "result.json").is_file()
+def test_takes_two_steps_when_shrunk_and_resumes(name: str, text_file: Path, workdir: Path) -> None:
+    """From the checkpoint of the first step the second is the same again, bit for bit."""
+    options = [*tiny(text_file, name), "--trainer.max_steps=2", "--checkpoints.every_n_steps=1"]
+    assert main(["fit", *options]) == 0
+    whole, resumed = (workdir / "runs" / Path(name).stem / n for n in ("1", "2"))
+    assert (whole / "result.json").is_file()
+    assert main(["fit", *options, f"--ckpt_path={step_path(whole, 1)}"]) == 0
+    ends = [read_checkpoint(step_path(run, 2)) for run in (whole, resumed)]
+    for name, value in ends[0]["state_dict"].items():
+        assert torch.equal(value, ends[1]["state_dict"][name]), name
 
 
 @pytest.mark.parametrize(

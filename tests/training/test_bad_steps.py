@@ -1,6 +1,5 @@
 """A loss or gradient that is not finite: the step is skipped and counted, and too many in a row end the run."""
 
-import csv
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from moepp.cli import main
 from moepp.training.checkpoint import load_model, read_checkpoint, step_path
 from moepp.training.module import LitMoE
-from tests.conftest import tiny
+from tests.conftest import read_csv, tiny
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, what: str, steps: set[int]) -> None:
@@ -46,8 +45,7 @@ def test_a_bad_step_changes_nothing_and_is_counted(
     for index, state in before["optimizer_states"][0]["state"].items():
         for name, value in state.items():
             assert torch.equal(value, after["optimizer_states"][0]["state"][index][name]), name
-    with (run / "metrics.csv").open(newline="") as file:
-        assert [row["train/skipped_steps"] for row in csv.DictReader(file)] == ["0.0", "0.0", "1.0", "1.0"]
+    assert [row["train/skipped_steps"] for row in read_csv(run)] == ["0.0", "0.0", "1.0", "1.0"]
 
 
 def test_too_many_in_a_row_end_the_run_with_what_reproduces_them(

@@ -1,6 +1,5 @@
 """Which checkpoints a run keeps, and that it never writes over those of another."""
 
-import csv
 import os
 import signal
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 from moepp.cli import main
 from moepp.training.checkpoint import read_checkpoint, step_path
 from moepp.training.module import LitMoE
-from tests.conftest import tiny
+from tests.conftest import read_csv, tiny
 
 
 def names(run: Path) -> list[str]:
@@ -22,8 +21,7 @@ def test_the_last_ones_and_the_best_are_kept(text_file: Path, workdir: Path) -> 
     assert main(["fit", *tiny(text_file), *options]) == 0
     run = Path("runs/moepp/1")
     assert names(run) == ["best.ckpt", "step-00000004.ckpt", "step-00000006.ckpt", "step-00000008.ckpt"]
-    with (run / "metrics.csv").open(newline="") as file:
-        losses = {int(row["step"]): float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]}
+    losses = {int(row["step"]): float(row["val/loss"]) for row in read_csv(run) if row["val/loss"]}
     assert read_checkpoint(run / "checkpoints/best.ckpt")["global_step"] == min(losses, key=losses.__getitem__)
 
 
@@ -73,12 +71,10 @@ def test_a_signal_does_not_wait_for_a_validation(
     assert stopped.value.code == 143
     assert steps == [3]
     assert main(["fit", *options, "--ckpt_path=last"]) == 0
-    rows = []
-    for n in (1, 2):
-        with Path(f"runs/moepp/{n}/metrics.csv").open(newline="") as file:
-            rows.append(
-                [{k: v for k, v in row.items() if not k.startswith("speed/")} for row in csv.DictReader(file)]
-            )
+    rows = [
+        [{k: v for k, v in row.items() if not k.startswith("speed/")} for row in read_csv(Path(f"runs/moepp/{n}"))]
+        for n in (1, 2)
+    ]
     assert rows[0] == rows[1]
     assert rows[0][2]["val/loss"]
     best = [read_checkpoint(Path(f"runs/moepp/{n}/checkpoints/best.ckpt"))["global_step"] for n in (1, 2)]

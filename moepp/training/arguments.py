@@ -1,0 +1,70 @@
+"""The command line, before it is parsed: recipes that build on others, and `--ckpt_path last`."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import yaml
+
+from moepp.model import InputError
+from moepp.training.checkpoint import newest_checkpoint
+
+
+def expand_last(arguments: list[str], recipe: str) -> list[str]:
+    """`--ckpt_path last` is the newest checkpoint under runs/<recipe>/.
+
+    The run goes on in its folder and with its own options, whatever the recipe says by now; what else is on the
+    command line wins.
+    """
+    if "--ckpt_path=last" not in arguments and ("--ckpt_path", "last") not in pairwise(arguments):
+        return arguments
+    checkpoint = newest_checkpoint(recipe)
+    run_dir = checkpoint.parent.parent
+    if (config := newest_config(run_dir)) is not None:
+        recipes = [i for i, argument in enumerate(arguments) if argument == "--config"]
+        others = [a for i, a in enumerate(arguments) if i not in recipes and i - 1 not in recipes]
+        arguments = ["--config", str(config), *others]
+    return [*arguments, f"--ckpt_path={checkpoint}", f"--trainer.default_root_dir={run_dir}"]
+
+
+def newest_config(run_dir: Path) -> Path | None:
+    """config.yaml, or the config.<n>.yaml of the last time that the run went on with other options."""
+    return max(run_dir.glob("config*.yaml"), key=config_number, default=None)
+
+
+def config_number(path: Path) -> int:
+    """2 of config.2.yaml, 1 of config.yaml."""
+    return int(path.suffixes[0][1:]) if len(path.suffixes) == 2 else 1
+
+
+def expand_bases(arguments: list[str]) -> list[str]:
+    """`--config X`, where X says `base: Y`, becomes `--config Y --config X`: a recipe may be a few lines."""
+    expanded: list[str] = []
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        name, _, value = argument.partition("=")
+        if name not in ("-c", "--config") or not (value or waiting):
+            expanded.append(argument)
+            continue
+        for path in with_bases(Path(value or waiting.pop(0))):
+            expanded += ["--config", str(path)]
+    return expanded
+
+
+def with_bases(path: Path) -> list[Path]:
+    """The recipe's chain of bases, the first base first."""
+    chain = [path.resolve()]
+    while chain[0].is_file():  # a missing file is the parser's to report
+        try:
+            recipe = yaml.safe_load(chain[0].read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{chain[0]}: is not YAML: {error}") from error
+        if not isinstance(recipe, dict) or recipe.get("base") is None:
+            break
+        base = (chain[0].parent / str(recipe["base"])).resolve()
+        if not base.is_file():
+            raise InputError(f"{chain[0]}: its base {base} does not exist")
+        if base in chain:
+            raise InputError(f"{chain[0]}: its bases go round in a circle")
+        chain.insert(0, base)
+    return chain
