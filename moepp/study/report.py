@@ -4,7 +4,6 @@ import csv
 import math
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from moepp import __version__
 from moepp.model import count_parameters
 from moepp.study import plots, timing
 from moepp.study.matrix import Matrix, Run, Variant
+from moepp.study.provenance import commit
 from moepp.study.results import Result, at_equal_flops, read_result
 from moepp.study.stats import Paired, mean_sd, paired
 from moepp.study.timing import Ratio, Speed
@@ -299,17 +299,6 @@ def provenance(matrix: Matrix, done: list[Row], command: str) -> list[str]:
         f"- reference: {matrix.reference.name}, {matrix.reference.steps} steps, "
         f"{matrix.reference.tokens:,} training tokens of {matrix.reference.options['data']['path']}",
     ]
-
-
-def commit() -> str:
-    """The source's, and whether it had been changed since."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL)
-        changes = subprocess.check_output([*git, "status", "--porcelain", ":/moepp", ":/recipes"], text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.strip() + (" with changes" if changes else "")
 
 
 def quality_cells(row: Row) -> list[str]:
