@@ -14,7 +14,7 @@ DATA_ARG := $(if $(DATA),--data.path='$(DATA)')
 BASE_ARG := $(if $(filter-out file,$(origin RECIPE)),--base=$(RECIPE))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data train compare ablate resume generate test soak lint
+.PHONY: help setup data train compare ablate bench resume generate test soak lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,13 @@ compare: setup ## vanilla MoE against MoE++ over 3 seeds: a table, a report (ARG
 
 ablate: setup ## the same for the paper's ablations
 	$(MOEPP) ablate --matrix recipes/ablate.yaml $(BASE_ARG) $(DATA_ARG) $(ARGS)
+
+bench: setup $(VENV)/.bench ## speed against the limits and peers: a table, a CSV, a plot (ARGS=--quick)
+	$(MOEPP) bench $(ARGS)
+
+# without a network the bench goes on without transformers, and says what it leaves out
+$(VENV)/.bench: $(VENV)/.done
+	-$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]' && touch $@
 
 resume: setup ## continue the newest run of RECIPE
 	$(MOEPP) fit --config $(RECIPE) $(DATA_ARG) --ckpt_path last $(ARGS)

@@ -7,7 +7,7 @@ of a pair alternate, and what counts is the ratio within each round.
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
@@ -140,21 +140,28 @@ class Subject:
         return run
 
 
-def in_turn(functions: list[Callable[[], None]], device: torch.device) -> list[list[float]]:
-    """Seconds of each function in each round, after a round that only warms up."""
+def in_turn(
+    functions: Sequence[Callable[[], object]],
+    device: torch.device,
+    least: int = LEAST_ROUNDS,
+    seconds: float | None = None,
+) -> list[list[float]]:
+    """Seconds of each function in each round, after a round that only warms up: `least` rounds, and more until
+    `seconds` (by default SECONDS) are over."""
+    seconds_in_all = SECONDS if seconds is None else seconds
     rounds: list[list[float]] = []
     begun = time.perf_counter()
-    while len(rounds) <= LEAST_ROUNDS or (time.perf_counter() - begun < SECONDS and len(rounds) <= MOST_ROUNDS):
+    while len(rounds) <= least or (time.perf_counter() - begun < seconds_in_all and len(rounds) <= MOST_ROUNDS):
         # whoever goes second may find the caches warm: take turns at that too
         order = range(len(functions)) if len(rounds) % 2 else reversed(range(len(functions)))
-        seconds = [0.0] * len(functions)
+        times = [0.0] * len(functions)
         for i in order:
             synchronize(device)
             start = time.perf_counter()
             functions[i]()
             synchronize(device)
-            seconds[i] = time.perf_counter() - start
-        rounds.append(seconds)
+            times[i] = time.perf_counter() - start
+        rounds.append(times)
         if len(rounds) == 1:
             begun = time.perf_counter()
     return rounds[1:]

@@ -1,0 +1,85 @@
+"""`moepp bench`: how fast the layer and the training step are, against their limits and peers, in one table.
+
+    setting.py  where and at which sizes, and the rows of the table
+    peers.py    what is compared with, and how routing is forced
+    layers.py   the layer: limits, τ, zero-computation experts, growth
+    steps.py    the training step: peers, memory, MFU, data, start-up
+    results.py  targets, table, CSV
+
+All functions that a row compares take turns in one process; a row is the median over rounds of their ratio within
+a round. Outputs are compared before anything is timed (peers.check). Data are random.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from moepp.model import InputError
+from moepp.study import plots
+from moepp.study.bench import layers, results, steps
+from moepp.study.bench.peers import NotEqual
+from moepp.study.bench.setting import SIZES, Row, Setting
+from moepp.training.lightning_cli import quiet_lightning
+
+SECTIONS: dict[str, Callable[[Setting], Iterator[Row]]] = {
+    "layer": layers.layer,
+    "tau": layers.tau,
+    "zero": layers.zero_computation,
+    "growth": layers.growth,
+    "step": steps.step,
+    "mfu": steps.mfu,
+    "start": steps.start,
+}
+
+
+class Options(argparse.ArgumentParser):
+    def __init__(self) -> None:
+        super().__init__("moepp bench", description="Speed against limits and peers: a table, a CSV and a plot.")
+        self.add_argument("--size", choices=SIZES, help="of layer and model (default: by device)")
+        self.add_argument("--only", metavar="A,B", help=f"sections out of {','.join(SECTIONS)} (default: all)")
+        self.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of bench.csv and bench.png")
+        self.add_argument("--quick", action="store_true", help="few rounds: to see that it works")
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def run(verb: str, arguments: list[str]) -> None:
+    options = Options().parse_args(arguments)
+    wanted = options.only.split(",") if options.only else list(SECTIONS)
+    if unknown := set(wanted) - set(SECTIONS):
+        raise InputError(f"only: no section {min(unknown)!r}: use {', '.join(SECTIONS)}")
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    sizes = SIZES[options.size or ("gpu" if on_gpu else "cpu")]
+    at = Setting(sizes, device, rounds=3 if options.quick else 11, seconds=0.0 if options.quick else 6.0)
+    options.out.mkdir(parents=True, exist_ok=True)
+    quiet_lightning()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's, which counts memory on a CPU
+
+    rows: list[Row] = []
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        for name in wanted:
+            task = progress.add_task(name, total=1)
+            torch.manual_seed(0)
+            torch.compiler.reset()
+            try:
+                rows += SECTIONS[name](at)
+            except NotEqual as error:
+                raise SystemExit(f"moepp {verb}: {name}: {error}: nothing was timed") from error
+            progress.update(task, completed=1)
+
+    rows += results.missing(rows, device)
+    command = shlex.join(["moepp", verb, *arguments])
+    results.write(rows, at, options.out, command)
+    plots.bench(options.out / "bench.png", rows)
+    print(options.out / "bench.csv", options.out / "bench.png", file=sys.stderr)
