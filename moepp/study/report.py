@@ -404,7 +404,7 @@ def picture(pictures: dict[str, str], name: str, caption: str) -> str:
 
 
 def print_table(matrix: Matrix, rows: list[Row], failed: list[Run], folder: Path) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 140)
     shown = Table(title=f"{matrix.path.stem}: final validation loss in nats per token, over seeds", box=SIMPLE)
     titles = ["loss", f"− {matrix.reference.name}", "95 % interval", "p", "", "FFN/token", "expert speed"]
     shown.add_column("variant", no_wrap=True)
