@@ -1,8 +1,8 @@
 """`make soak`: kill a training run with SIGKILL at random moments, go on with it, and compare where it ends.
 
 Every second kill strikes while a checkpoint is being written, which the process to be killed does in small pieces,
-slowly. What must be equal, bit for bit, to a run that nobody disturbed: weights, optimizer state, and metrics.csv
-without its columns about speed.
+slowly. What must be equal, bit for bit, to a run that nobody disturbed: weights, optimizer state, best
+checkpoint, and metrics.csv without its columns about speed.
 """
 
 import argparse
@@ -112,11 +112,12 @@ def metrics(run: Path) -> list[dict[str, str]]:
 def end(run: Path) -> dict[str, Any]:
     """What a run leaves behind."""
     if not (run / "result.json").is_file():
-        return {"weights": None, "optimizer": None, "metrics": None}
+        return {"weights": None, "optimizer": None, "best": None, "metrics": None}
     checkpoint = read_checkpoint(step_path(run, STEPS))
     return {
         "weights": checkpoint["state_dict"],
         "optimizer": checkpoint["optimizer_states"],
+        "best": read_checkpoint(run / "checkpoints" / "best.ckpt")["state_dict"],
         "metrics": metrics(run),
     }
 
@@ -162,7 +163,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="soak") as folder:
         trials = soak(options.kills, Path(folder), options.seed)
     table = Table(title="killed with SIGKILL, continued, compared with an undisturbed run")
-    for title in ("", "killed", "continued", "weights", "optimizer", "metrics"):
+    for title in ("", "killed", "continued", "weights", "optimizer", "best", "metrics"):
         table.add_column(title, no_wrap=True)
     for n, trial in enumerate(trials, 1):
         start = "from the start" if trial.resumed is None else f"from step {trial.resumed}"

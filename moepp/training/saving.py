@@ -1,6 +1,7 @@
 """When a run's state is written down, and which checkpoints are kept."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from types import FrameType
@@ -48,6 +49,7 @@ class Checkpoints(Checkpoint):
             for path in step_checkpoints(self.run_dir):
                 if step_of(path) > trainer.global_step:  # damaged: this run goes on from the one before
                     path.unlink()
+            self.name_best(trainer.global_step)  # a kill may have come in between
         if self.validation_due:
             validate(trainer)
 
@@ -73,15 +75,23 @@ class Checkpoints(Checkpoint):
         path = step_path(self.run_dir, trainer.global_step)
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            if self.best_step == trainer.global_step:
-                beside = path.with_name("best.ckpt.tmp")
-                beside.unlink(missing_ok=True)
-                os.link(path, beside)
-                os.replace(beside, path.with_name("best.ckpt"))
+            self.name_best(trainer.global_step)
             for old in step_checkpoints(self.run_dir)[self.keep :]:
                 old.unlink()
             fsync_folder(path.parent)
         return path
+
+    def name_best(self, step: int) -> None:
+        """Make best.ckpt a name of this step's file, if it is the best so far."""
+        path = step_path(self.run_dir, step)
+        if step == self.best_step and path.is_file():
+            beside = path.with_name("best.ckpt.tmp")
+            beside.unlink(missing_ok=True)
+            try:
+                os.link(path, beside)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, beside)
+            os.replace(beside, path.with_name("best.ckpt"))
 
 
 class StopOnSignal(L.Callback):
