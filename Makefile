@@ -3,6 +3,7 @@
 PYTHON ?= $(shell for p in python3.12 python3.11; do $$p -c '' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
 RECIPE ?= recipes/moepp.yaml
 DATA   ?=
+CKPT   ?=
 PROMPT ?=
 ARGS   ?=
 
@@ -14,7 +15,7 @@ DATA_ARG := $(if $(DATA),--data.path='$(DATA)')
 BASE_ARG := $(if $(filter-out file,$(origin RECIPE)),--base=$(RECIPE))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data train compare ablate resume generate test lint
+.PHONY: help setup data train compare ablate figures resume generate test lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +42,9 @@ compare: setup ## vanilla MoE against MoE++ over 3 seeds: a table, a report (ARG
 
 ablate: setup ## the same for the paper's ablations
 	$(MOEPP) ablate --matrix recipes/ablate.yaml $(BASE_ARG) $(DATA_ARG) $(ARGS)
+
+figures: setup ## what the router does: CKPT=…, or the newest checkpoint, on held-out text
+	$(MOEPP) figures $(if $(CKPT),--ckpt='$(CKPT)') $(DATA_ARG) $(ARGS)
 
 resume: setup ## continue the newest run of RECIPE
 	$(MOEPP) fit --config $(RECIPE) $(DATA_ARG) --ckpt_path last $(ARGS)

@@ -18,6 +18,7 @@ from moepp.study.timing import Ratio
 
 BLACK, BLUE, ORANGE, GREEN, PINK = "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 COLOURS = [BLACK, BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9", "#7F7F7F"]
+KIND_COLOURS = {"ffn": BLUE, "const": "#E69F00", "copy": GREEN, "zero": "#BBBBBB"}  # of experts, everywhere
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
