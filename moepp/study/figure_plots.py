@@ -50,7 +50,7 @@ def load(
             for height in chosen_LDE[panel, :, where].T:
                 axes.bar(x, height, 0.8, bottom, color=KIND_COLOURS[kind], edgecolor="white", linewidth=0.6)
                 bottom += height
-        _whiskers(axes, x, Estimate(ffn_LD.value[panel], ffn_LD.low[panel], ffn_LD.high[panel]), fmt="o-")
+        _whiskers(axes, x, ffn_LD[panel], fmt="o-")
         axes.set_title(titles[panel], fontsize=10)
         axes.set_xticks(x, domains, rotation=40, ha="right", rotation_mode="anchor")
         axes.tick_params(labelbottom=panel + columns >= len(titles))
@@ -58,11 +58,9 @@ def load(
     for axes in grid[:, 0]:
         axes.set_ylabel("experts per token")
     handles = [Rectangle((0, 0), 1, 1, color=KIND_COLOURS[kind]) for kind in _kinds(moe)]
-    names = [f"{KIND_NAMES[kind]} experts" for kind in _kinds(moe)]
+    names = [KIND_NAMES[kind] for kind in _kinds(moe)]
     line = plt.Line2D([], [], color=BLACK, marker="o", markersize=4)
-    figure.legend(
-        [*handles, line], [*names, f"{PER_TOKEN}, 95 %"], loc="outside upper center", ncols=len(names) + 1
-    )
+    figure.legend([*handles, line], [*names, PER_TOKEN], loc="outside upper center", ncols=len(names) + 1)
     return figure
 
 
@@ -80,11 +78,14 @@ def tokens(labels: Sequence[str], ffn: Estimate, count: np.ndarray, shown: int =
         (most, slice(0, shown), "most"),
         (least, slice(max(0, len(labels) - shown), None), "least"),
     ):
-        part = Estimate(ffn.value[where], ffn.low[where], ffn.high[where])
-        y = np.arange(len(part.value))
-        _whiskers(axes, y, part, fmt="o", colour=KIND_COLOURS["ffn"], horizontal=True)
-        names = [f"{label}  ×{n:,}" for label, n in zip(labels[where], count[where], strict=True)]
-        _label_rows(axes, names)
+        y = np.arange(len(labels[where]))
+        _whiskers(axes, y, ffn[where], fmt="o", colour=KIND_COLOURS["ffn"], horizontal=True)
+        axes.set_yticks(y, labels[where], family="monospace")
+        for name in axes.get_yticklabels():
+            name.set_parse_math(False)
+        for row, n in enumerate(count[where]):
+            axes.annotate(f"×{n:,}", (1.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+        axes.set_ylim(len(y) - 0.5, -0.5)
         axes.set_xlim(every.get_ylim())
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(PER_TOKEN)
@@ -108,7 +109,7 @@ def passage(texts: Sequence[str], ffn_S: np.ndarray, top_k: int, columns: int = 
     """A text with each token shaded by its FFN count, the mean over layers."""
     size, cells, line, column = 9.0, [], 0, 0  # a cell is (line, column, text, FFN count)
     for text, ffn in zip(texts, ffn_S, strict=True):
-        shown = visible(text)
+        shown = visible(text).replace("·", " ")
         if column + len(shown) > columns:
             line, column = line + 1, 0
         cells.append((line, column, shown, ffn))
@@ -118,8 +119,10 @@ def passage(texts: Sequence[str], ffn_S: np.ndarray, top_k: int, columns: int = 
     width, height = size * 0.602 / 72, size * 1.9 / 72  # of a character of DejaVu Sans Mono, and of a line, inches
     figure, axes = plt.subplots(figsize=(columns * width + 1.2, (line + 1) * height + 0.3))
     for line, column, shown, ffn in cells:
-        axes.add_patch(Rectangle((column, line), len(shown), 0.86, color=FFN_SHADES(ffn / top_k), linewidth=0))
-        colour = "white" if ffn / top_k > 0.6 else BLACK
+        axes.add_patch(
+            Rectangle((column, line), len(shown) - 0.1, 0.86, color=FFN_SHADES(ffn / top_k), linewidth=0)
+        )
+        colour = "white" if ffn / top_k > 0.85 else BLACK
         axes.text(
             column,
             line + 0.45,
@@ -162,7 +165,8 @@ def correlation(correlation_LL: np.ndarray) -> Figure:
     image = axes.imshow(correlation_LL, cmap="PuOr", vmin=-1, vmax=1)
     if L <= 12:
         for (i, j), value in np.ndenumerate(correlation_LL):
-            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7.5)
+            colour = "white" if abs(value) > 0.6 else BLACK
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7.5, color=colour)
     layers = [str(layer) for layer in range(1, L + 1)]
     axes.set_xticks(range(L), layers)
     axes.set_yticks(range(L), layers)
@@ -183,6 +187,7 @@ def by_layer(estimate: Estimate, label: str, shuffled: np.ndarray | None = None)
         axes.legend()
     axes.set_ylim(bottom=min(0, np.nanmin([estimate.value, estimate.low])))
     axes.set_xticks(x)
+    axes.set_xlim(0.6, len(x) + 0.4)
     axes.set_xlabel("layer")
     axes.set_ylabel(label)
     return figure
@@ -207,7 +212,7 @@ def activations(domains: Sequence[str], share_Dk: Estimate, moe: MoEConfig) -> F
         where = list(KIND_NAMES).index(kind)
         x = np.arange(len(domains)) + (i - (len(kinds) - 1) / 2) * width
         axes.bar(x, share_Dk.value[:, where], width, color=KIND_COLOURS[kind], label=KIND_NAMES[kind])
-        _whiskers(axes, x, Estimate(*(part[:, where] for part in _parts(share_Dk))), fmt="none")
+        _whiskers(axes, x, share_Dk[:, where], fmt="none")
     axes.set_xticks(range(len(domains)), domains)
     axes.grid(axis="x", visible=False)
     axes.set_ylabel("share of tokens that choose\none expert of the kind")
@@ -228,7 +233,13 @@ def pathway(share_Lk: np.ndarray, flow_Lkk: np.ndarray, moe: MoEConfig) -> Figur
             )
             if share > 0.03:
                 axes.annotate(
-                    f"{share:.0%}", (layer, top - share / 2), ha="center", va="center", fontsize=8, zorder=3
+                    f"{share:.0%}",
+                    (layer, top - share / 2),
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    zorder=3,
+                    color="white" if kind == "ffn" else BLACK,
                 )
     for layer, flow_kk in enumerate(flow_Lkk):
         leaves, arrives = (top_Lk - share_Lk)[layer : layer + 2].copy()
@@ -267,24 +278,12 @@ def _whiskers(
     label: str | None = None,
 ) -> None:
     """Points with their intervals; an interval of the basic bootstrap may lie beside its point."""
-    value, low, high = _parts(estimate)
-    error = np.maximum(0, [value - low, high - value])
-    x, y = (value, at) if horizontal else (at, value)
+    error = np.maximum(0, [estimate.value - estimate.low, estimate.high - estimate.value])
+    x, y = (estimate.value, at) if horizontal else (at, estimate.value)
     errors: dict[str, Any] = {"xerr" if horizontal else "yerr": error}
     axes.errorbar(
         x, y, **errors, fmt=fmt, color=colour, markersize=4, linewidth=1.2, capsize=2.5, label=label, zorder=4
     )
-
-
-def _parts(estimate: Estimate) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return estimate.value, estimate.low, estimate.high
-
-
-def _label_rows(axes: Axes, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), names, family="monospace", fontsize=8)
-    for text in axes.get_yticklabels():
-        text.set_parse_math(False)
-    axes.set_ylim(len(names) - 0.5, -0.5)
 
 
 def _kinds(moe: MoEConfig) -> list[str]:

@@ -149,7 +149,7 @@ def look(
     passage: tuple[np.ndarray, np.ndarray] | None = None
     bytes_V = np.array([len(token.encode()) for token in texts_V])
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with Progress(*columns) as bars:
         bar = bars.add_task("reading text", total=text.size)
         for batch in batches(text.windows(), max(1, BATCH_TOKENS // seq_len)):
             lengths = np.array([len(tokens) for _, tokens in batch])
@@ -190,9 +190,9 @@ def notes(stats: RoutingStats, bootstrap: Bootstrap) -> list[str]:
     length = stats.passages.windows
     lines = [
         f"Intervals: 95 %, basic bootstrap over passages of {length} sequence{'s' * (length > 1)}, drawn anew "
-        f"within each domain {RESAMPLES:,} times (seeded). They speak of more text like this, and not of the same "
-        "model trained from another seed. It holds (yes) where the whole interval is above the number in the fourth "
-        "column, not (no) where it is below.",
+        f"within each domain {RESAMPLES:,} times (seeded). They speak of more text like this, not of "
+        "the same model trained from another seed. A claim holds (yes) where the whole interval is above the "
+        "number in the fourth column, and does not (no) where it is below.",
     ]
     if bootstrap.too_short:
         lines.insert(

@@ -108,7 +108,7 @@ def load(looked: Looked) -> Picture:
     per_token_DLE = looked.sums.chosen_DLE / looked.sums.n_D[:, None, None]
     chosen_LDE = np.concatenate([per_token_DLE.mean(1)[None], per_token_DLE.swapaxes(0, 1)])
     of_domains = looked.bootstrap.estimate(Sums.ffn_by_layer)
-    ffn_LD = Estimate(*(np.roll(part, 1, axis=-1).T for part in parts(of_domains)))  # the mean first
+    ffn_LD = of_domains.map(lambda ffn_DL: np.roll(ffn_DL, 1, axis=-1).T)  # the mean first
     titles = ["all layers, mean", *(f"layer {layer}" for layer in looked.layers)]
     kind_of = {e: kind for kind, where in looked.stats.moe.kinds.items() for e in range(where.start, where.stop)}
     rows = [
@@ -118,16 +118,17 @@ def load(looked: Looked) -> Picture:
             "expert": e,
             "kind": kind_of[e],
             "experts_per_token": chosen_LDE[panel, d, e],
-            **named(ffn_LD, (panel, d), "ffn_per_token"),
+            **ffn_LD[panel, d].columns("ffn_per_token"),
         }
         for panel, title in enumerate(titles)
         for d, domain in enumerate(looked.domains)
         for e in kind_of
     ]
-    ffn_D = ffn_LD.value[0]
+    ffn_D, ffn_L = ffn_LD.value[0], ffn_LD.value[1:].mean(1)
     seen = (
-        f"Of {looked.top_k} experts per token, {ffn_D.min():.2f} are FFN experts in {looked.domains[ffn_D.argmin()]} "
-        f"and {ffn_D.max():.2f} in {looked.domains[ffn_D.argmax()]}; layers range from {ffn_LD.value[1:].mean(1).min():.2f} to {ffn_LD.value[1:].mean(1).max():.2f}."
+        f"Of {looked.top_k} experts per token, {ffn_D.min():.2f} are FFN experts in "
+        f"{looked.domains[ffn_D.argmin()]} and {ffn_D.max():.2f} in {looked.domains[ffn_D.argmax()]}; layers "
+        f"range from {ffn_L.min():.2f} to {ffn_L.max():.2f}."
     )
     if no_kinds(looked):
         busiest_LD = chosen_LDE[1:].max(-1) / chosen_LDE[1:].mean(-1)
@@ -159,10 +160,10 @@ def tokens(looked: Looked) -> Picture:
     variance = np.maximum(0, (stats.token_ffn_squared[ids] / L**2 - n * mean**2) / (n - 1))
     half = 1.96 * np.sqrt(variance / n)  # over the occurrences of the token
     order = np.lexsort((ids, -mean))
-    ids, n, ffn = ids[order], n[order], Estimate(*(part[order] for part in (mean, mean - half, mean + half)))
+    ids, n, ffn = ids[order], n[order], Estimate(mean, mean - half, mean + half)[order]
     labels = [plots.visible(looked.texts_V[i]) for i in ids]
     rows = [
-        {"rank": rank + 1, "token": label, "id": int(i), "count": int(count), **named(ffn, rank, "ffn_per_token")}
+        {"rank": rank + 1, "token": label, "id": int(i), "count": int(count), **ffn[rank].columns("ffn_per_token")}
         for rank, (label, i, count) in enumerate(zip(labels, ids, n, strict=True))
     ]
     seen = (
@@ -180,16 +181,12 @@ def tokens(looked: Looked) -> Picture:
 
 
 def parts_of_speech(looked: Looked) -> Picture:
-    count = looked.sums.class_n_DC.sum(0).astype(int)
-    estimate = looked.bootstrap.estimate(Sums.ffn_by_class)
-    found = np.flatnonzero(count)
-    ffn, count, names = (
-        Estimate(*(part[found] for part in parts(estimate))),
-        count[found],
-        [CLASSES[i] for i in found],
-    )
+    count_C = looked.sums.class_n_DC.sum(0).astype(int)
+    found = np.flatnonzero(count_C)
+    ffn = looked.bootstrap.estimate(Sums.ffn_by_class)[found]
+    count, names = count_C[found], [CLASSES[i] for i in found]
     rows = [
-        {"part_of_speech": name, "count": int(n), **named(ffn, i, "ffn_per_token")}
+        {"part_of_speech": name, "count": int(n), **ffn[i].columns("ffn_per_token")}
         for i, (name, n) in enumerate(zip(names, count, strict=True))
     ]
     order = np.argsort(-ffn.value)
@@ -265,7 +262,7 @@ def scores(looked: Looked) -> Picture:
 def correlation(looked: Looked) -> Picture:
     estimate = looked.bootstrap.estimate(Sums.correlation)
     rows = [
-        {"layer": i + 1, "other_layer": j + 1, **named(estimate, (i, j), "correlation")}
+        {"layer": i + 1, "other_layer": j + 1, **estimate[i, j].columns("correlation")}
         for i, j in np.ndindex(estimate.value.shape)
     ]
     adjacent = [estimate.value[i, i + 1] for i in range(len(estimate.value) - 1)]
@@ -284,8 +281,8 @@ def correlation(looked: Looked) -> Picture:
 
 def spread(looked: Looked) -> Picture:
     variance = looked.bootstrap.above_shuffled(Sums.spread_by_layer)
-    estimate = Estimate(*(np.sqrt(np.maximum(part, 0)) for part in parts(variance)))
-    rows = [{"layer": layer, **named(estimate, i, "sd_between_domains")} for i, layer in enumerate(looked.layers)]
+    estimate = variance.map(lambda x: np.sqrt(np.maximum(x, 0)))
+    rows = [{"layer": layer, **estimate[i].columns("sd_between_domains")} for i, layer in enumerate(looked.layers)]
     most = int(estimate.value.argmax())
     seen = (
         f"FFN experts per token differ most between domains in layer {looked.layers[most]} "
@@ -304,7 +301,7 @@ def spread(looked: Looked) -> Picture:
 def ffn_by_domain(looked: Looked) -> Picture:
     estimate = looked.bootstrap.estimate(lambda sums: sums.ffn_by_layer()[..., -1])
     rows = [
-        {"domain": domain, "tokens": int(looked.sums.n_D[d]), **named(estimate, d, "ffn_per_token")}
+        {"domain": domain, "tokens": int(looked.sums.n_D[d]), **estimate[d].columns("ffn_per_token")}
         for d, domain in enumerate(looked.domains)
     ]
     order = np.argsort(-estimate.value)
@@ -321,7 +318,7 @@ def ffn_by_domain(looked: Looked) -> Picture:
 def activations(looked: Looked) -> Picture:
     share_Dk = looked.bootstrap.estimate(Sums.activations)
     rows = [
-        {"domain": domain, "kind": kind, **named(share_Dk, (d, k), "share_of_tokens_per_expert")}
+        {"domain": domain, "kind": kind, **share_Dk[d, k].columns("share_of_tokens_per_expert")}
         for d, domain in enumerate(looked.domains)
         for k, kind in enumerate(KIND_NAMES)
         if not math.isnan(share_Dk.value[d, k])
@@ -343,12 +340,12 @@ def divergence(looked: Looked) -> Picture:
     above = looked.bootstrap.above_shuffled(Sums.divergence_by_layer)
     shuffled = looked.bootstrap.shuffled(Sums.divergence_by_layer).mean(0)
     rows = [
-        {"layer": layer, **named(above, i, "bits_above_shuffled"), "bits_of_shuffled_domains": shuffled[i]}
+        {"layer": layer, **above[i].columns("bits_above_shuffled"), "bits_of_shuffled_domains": shuffled[i]}
         for i, layer in enumerate(looked.layers)
     ]
     seen = (
         f"One choice of expert tells {above.value.min():.3f} to {above.value.max():.3f} bits, depending on the "
-        f"layer, of which domain a text is from; the {shuffled.mean():.4f} that shuffled domains have are subtracted."
+        f"layer, of which domain a text is from, above the {shuffled.mean():.4f} of shuffled domains."
     )
     return Picture(
         "finding5_divergence",
@@ -395,16 +392,6 @@ def pathway(looked: Looked) -> Picture:
 
 
 # ---- small things ------------------------------------------------------------------------------------------
-
-
-def parts(estimate: Estimate) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return estimate.value, estimate.low, estimate.high
-
-
-def named(estimate: Estimate, index: Any, name: str) -> dict[str, float]:
-    """Three columns."""
-    value, low, high = (float(part[index]) for part in parts(estimate))
-    return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
 def write_csv(path: Path, rows: Rows) -> None:

@@ -38,8 +38,8 @@ class HeldOut:
     Attributes:
         name: where it comes from.
         size: about how many bytes of UTF-8 it has; None where nobody knows.
-        windows: starts a stream of (domain, tokens (≤ S,) int64). Those of a domain follow one another in its text;
-            only its last may be shorter than S.
+        windows: starts a stream of (domain, tokens (≤ S,) int64). Those of a domain follow one another in its
+            text, and only its last may be shorter than S.
     """
 
     name: str

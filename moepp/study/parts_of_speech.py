@@ -82,7 +82,7 @@ def token_texts(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
     texts = tokenizer.decode_batch([[i] for i in range(n_tokens)], skip_special_tokens=True)
     for i in range(n_tokens):  # SentencePiece spells a space as a low line, and decoders drop the first one
         if (tokenizer.id_to_token(i) or "").startswith("\u2581"):
-            texts[i] = " " + texts[i].lstrip()
+            texts[i] = " " + texts[i].lstrip(" \u2581")
     return texts + [""] * (vocab_size - n_tokens)
 
 

@@ -1,8 +1,8 @@
 """What routers decide, counted in one pass: memory does not grow with the text.
 
-B windows of S tokens, L layers, E experts, K choices a token, D domains, C classes (parts of speech), V tokens in the
-vocabulary. A token's FFN count is how many FFN experts are among its K choices. All counts are whole numbers, so that
-sums do not depend on their order.
+B windows of S tokens, L layers, E experts, K choices a token, D domains, C parts of speech, V vocabulary.
+A token's FFN count is how many FFN experts are among its K choices. Counts are whole numbers, so that sums do not
+depend on their order.
 """
 
 from collections.abc import Sequence
@@ -49,8 +49,8 @@ class RoutingStats:
     Attributes:
         passages: of flat vectors, which `sums` reads.
         token_n, token_ffn, token_ffn_squared: (V,) occurrences, and sums of the FFN count over layers.
-        flow: (L - 1, 4, 4) from kinds of experts to kinds in the next layer, K² for every token: its K choices go to
-            the K of the next layer in equal parts.
+        flow: (L - 1, 4, 4) from kinds of experts to kinds in the next layer, K² for every token: its K choices go
+            to the K of the next layer in equal parts.
     """
 
     def __init__(self, moe: MoEConfig, n_layers: int, n_classes: int, vocab_size: int) -> None:
@@ -157,8 +157,16 @@ class Sums:
         """() Its mean over pairs of adjacent layers."""
         return _mean(np.diagonal(self.correlation(), 1, -2, -1))
 
+    def adjacent_correlation_of_domains(self) -> np.ndarray:
+        """() The same of FFN experts per token, between domains instead of tokens; NaN below three domains."""
+        if self.ffn_DL.shape[-2] < 3:
+            return np.full(self.ffn_DL.shape[:-2], np.nan)
+        z_DL = self.ffn_DL - self.ffn_DL.mean(-2, keepdims=True)
+        z_DL = z_DL / np.sqrt((z_DL**2).sum(-2, keepdims=True))
+        return _mean((z_DL[..., 1:] * z_DL[..., :-1]).sum(-2))
+
     def adjacent_excess(self) -> np.ndarray:
-        """() The same, less the mean over pairs of layers further apart."""
+        """() adjacent_correlation, less its mean over pairs of layers further apart."""
         i, j = np.triu_indices(self.chosen_DLE.shape[-2], 2)
         return self.adjacent_correlation() - _mean(self.correlation()[..., i, j])
 
