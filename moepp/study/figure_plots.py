@@ -80,7 +80,7 @@ def tokens(labels: Sequence[str], ffn: Estimate, count: np.ndarray, shown: int =
     ):
         y = np.arange(len(labels[where]))
         _whiskers(axes, y, ffn[where], fmt="o", colour=KIND_COLOURS["ffn"], horizontal=True)
-        axes.set_yticks(y, labels[where], family="monospace")
+        axes.set_yticks(y, [label[:11] + "…" * (len(label) > 11) for label in labels[where]], family="monospace")
         for name in axes.get_yticklabels():
             name.set_parse_math(False)
         for row, n in enumerate(count[where]):
@@ -146,7 +146,9 @@ def scores(density_by_name: Mapping[str, np.ndarray]) -> Figure:
     ranks = len(next(iter(density_by_name.values())))
     figure, grid = plt.subplots(1, ranks, figsize=(4.6 * ranks, 3.2), squeeze=False)
     for rank, (axes, title) in enumerate(zip(grid[0], ("highest score", "second-highest score"), strict=False)):
-        for (name, density), colour, style in zip(density_by_name.items(), (BLACK, PINK), "-:", strict=False):
+        for (name, density), colour, style in zip(
+            density_by_name.items(), (BLACK, PINK), ("-", "--"), strict=False
+        ):
             edges = np.linspace(0, 1, density.shape[1] + 1)
             axes.stairs(density[rank], edges, color=colour, linestyle=style, linewidth=1.8, label=name)
         axes.set_title(title, fontsize=10)
@@ -178,12 +180,12 @@ def correlation(correlation_LL: np.ndarray) -> Figure:
 
 
 def by_layer(estimate: Estimate, label: str, shuffled: np.ndarray | None = None) -> Figure:
-    """Findings 2 and 5: a difference between domains (L,), and its mean where domains are shuffled."""
+    """Findings 2 and 5: a difference between domains (L,), and what it reaches where domains are shuffled."""
     figure, axes = plt.subplots(figsize=(5.4, 3.1))
     x = np.arange(1, len(estimate.value) + 1)
     _whiskers(axes, x, estimate, fmt="o-", colour=BLACK, label="domains of the text")
     if shuffled is not None:
-        axes.plot(x, shuffled, "--", color=GREY, label="shuffled domains")
+        axes.plot(x, shuffled, "--", color=GREY, label="shuffled domains (97.5 %)")
         axes.legend()
     axes.set_ylim(bottom=min(0, np.nanmin([estimate.value, estimate.low])))
     axes.set_xticks(x)
@@ -231,7 +233,7 @@ def pathway(share_Lk: np.ndarray, flow_Lkk: np.ndarray, moe: MoEConfig) -> Figur
             axes.add_patch(
                 Rectangle((layer - bar / 2, top - share), bar, share, color=KIND_COLOURS[kind], linewidth=0)
             )
-            if share > 0.03:
+            if share > 0.035:
                 axes.annotate(
                     f"{share:.0%}",
                     (layer, top - share / 2),

@@ -25,6 +25,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
+    "axes.axisbelow": True,
     "figure.constrained_layout.use": True,
     "legend.frameon": False,
 }

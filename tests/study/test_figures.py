@@ -144,8 +144,8 @@ def test_chance_is_no_finding_and_a_difference_is_one() -> None:
     for statistic, truth in ((Sums.spread, np.var([0.3, 0.4, 0.5, 0.6], ddof=1)), (Sums.zero_excess, 0.1)):
         estimate = apart.estimate(statistic)
         assert 0 < estimate.low < truth < estimate.high
-    above, plain = apart.above_shuffled(Sums.divergence), apart.estimate(Sums.divergence)
-    assert 0 < above.low < above.value < plain.value
+    above, plain = apart.above_chance(Sums.divergence), apart.estimate(Sums.divergence)
+    assert apart.shuffled(Sums.divergence) < above.low < above.value < plain.value
     few = counted([0.3, 0.6], 5, seed=0)
     assert few.too_short == ["0", "1"]
     assert np.isnan(few.estimate(Sums.spread).low)
