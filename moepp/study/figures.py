@@ -84,9 +84,11 @@ def figures(options: Options, command: str) -> None:
     stats, scores, passage = look(model, other, text, texts_V, parts_of_speech)
     bootstrap = Bootstrap(stats)
     names = [run_name(path) for path in (ckpt, options.versus) if path]
+    if len(set(names)) < len(names):
+        names = [str(ckpt), f"versus {options.versus}"]
     looked = Looked(stats, bootstrap, dict(zip(names, scores, strict=True)), texts_V, passage, options.min_count)
     pictures, not_drawn = gallery(looked)
-    missing |= not_drawn
+    missing = not_drawn | missing
     if other is None:
         missing["another checkpoint's routing scores"] = "name one, with or without gating residuals: --versus"
     found = findings(bootstrap)
@@ -190,8 +192,8 @@ def notes(stats: RoutingStats, bootstrap: Bootstrap) -> list[str]:
     length = stats.passages.windows
     lines = [
         f"Intervals: 95 %, basic bootstrap over passages of {length} sequence{'s' * (length > 1)}, drawn anew "
-        f"within each domain {RESAMPLES:,} times (seeded). They speak of more text like this, not of "
-        "the same model trained from another seed. A claim holds (yes) where the whole interval is above the "
+        f"within each domain {RESAMPLES:,} times (seeded); of single tokens, 1.96 standard errors. "
+        "They speak of more text like this, not of the same model trained from another seed. A claim holds (yes) where the whole interval is above the "
         "number in the fourth column, and does not (no) where it is below. For differences between domains that "
         "number is what shuffled domains reach (97.5 %), or the least that counts.",
     ]

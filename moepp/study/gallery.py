@@ -71,8 +71,8 @@ def gallery(looked: Looked) -> tuple[list[Picture], dict[str, str]]:
     """All pictures that make sense, and those that do not: title and reason."""
     wanted: list[tuple[str, Callable[[Looked], Picture], str]] = [  # title, picture, why it would say nothing
         ("expert load by domain", load, ""),
-        ("FFN experts by token", tokens, no_kinds(looked)),
-        ("parts of speech", parts_of_speech, no_kinds(looked)),
+        ("FFN experts by token", tokens, no_kinds(looked) or too_rare(looked)),
+        ("parts of speech", parts_of_speech, no_kinds(looked) or no_words(looked)),
         ("a passage of text", passage, no_kinds(looked)),
         ("routing scores", scores, ""),
         ("finding 1", correlation, no_kinds(looked) or one(looked.layers, "layer")),
@@ -83,11 +83,6 @@ def gallery(looked: Looked) -> tuple[list[Picture], dict[str, str]]:
         ("pathway", pathway, no_kinds(looked) or one(looked.layers, "layer")),
     ]
     missing = {title: why for title, _, why in wanted if why}
-    if not looked.sums.class_n_DC.any():  # without a lexicon; the reason is known to whoever looked for it
-        wanted = [entry for entry in wanted if entry[1] is not parts_of_speech]
-    elif not no_kinds(looked) and not shown_tokens(looked).any():
-        wanted = [entry for entry in wanted if entry[1] is not tokens]
-        missing["FFN experts by token"] = f"no token occurs {looked.min_count} times: lower --min_count"
     return [picture(looked) for _, picture, why in wanted if not why], missing
 
 
@@ -95,6 +90,14 @@ def no_kinds(looked: Looked) -> str:
     if looked.stats.moe.n_zero_computation:
         return ""
     return f"vanilla MoE has FFN experts alone, so every token uses {looked.top_k}"
+
+
+def too_rare(looked: Looked) -> str:
+    return "" if len(shown_tokens(looked)) else f"no token occurs {looked.min_count} times: lower --min_count"
+
+
+def no_words(looked: Looked) -> str:
+    return "" if looked.sums.class_n_DC.any() else "no word was tagged"
 
 
 def one(things: Iterable[Any], name: str) -> str:

@@ -306,8 +306,9 @@ def test_text_of_ones_own_with_labels(there: Path) -> None:
     assert {row["domain"] for row in labelled} == {"odd", "even"}
     # the training text: only what was held out of it; labelled files: all of them
     assert sum(int(row["tokens"]) for row in held_out) < 0.6 * sum(int(row["tokens"]) for row in labelled)
-    assert main(["figures", CKPT, "--data.path=text/plain/1.txt", "--out=one"]) == 0
+    assert main(["figures", CKPT, "--data.path=text/plain/1.txt", "--out=one", "--min_count=9999"]) == 0
     page = Path("one/index.html").read_text()
+    assert "FFN experts by token: no token occurs 9999 times" in page
     assert "finding 5: there is one domain only" in page
     assert "finding 3: there is one domain only" not in page
 
