@@ -83,7 +83,9 @@ def figures(options: Options, command: str) -> None:
 
     stats, scores, passage = look(model, other, text, texts_V, parts_of_speech)
     bootstrap = Bootstrap(stats)
-    names = [run_name(path) for path in (ckpt, options.versus) if path]
+    names = [f"{run_name(ckpt)}, {residuals(model)}"]
+    if other:
+        names.append(f"{run_name(str(options.versus))}, {residuals(other)}")
     if len(set(names)) < len(names):
         names = [str(ckpt), f"versus {options.versus}"]
     looked = Looked(stats, bootstrap, dict(zip(names, scores, strict=True)), texts_V, passage, options.min_count)
@@ -192,10 +194,10 @@ def notes(stats: RoutingStats, bootstrap: Bootstrap) -> list[str]:
     length = stats.passages.windows
     lines = [
         f"Intervals: 95 %, basic bootstrap over passages of {length} sequence{'s' * (length > 1)}, drawn anew "
-        f"within each domain {RESAMPLES:,} times (seeded); of single tokens, 1.96 standard errors. "
-        "They speak of more text like this, not of the same model trained from another seed. A claim holds (yes) where the whole interval is above the "
-        "number in the fourth column, and does not (no) where it is below. For differences between domains that "
-        "number is what shuffled domains reach (97.5 %), or the least that counts.",
+        f"within each domain {RESAMPLES:,} times (seeded); of single tokens, 1.96 standard errors. They speak "
+        "of more text like this, not of the same model trained from another seed. A claim holds (yes) where the "
+        "whole interval is above the number in the fourth column, and does not (no) where it is below. For "
+        "differences between domains it is what shuffled domains reach (97.5 %), or the least that counts.",
     ]
     if bootstrap.too_short:
         lines.insert(
@@ -221,7 +223,11 @@ def experts(model: Transformer) -> str:
     moe = model.moe_config
     counts = {kind: where.stop - where.start for kind, where in moe.kinds.items()}
     kinds = ", ".join(f"{n} {kind}" for kind, n in counts.items() if n)
-    return f"top {moe.top_k} of {kinds} experts, {'with' if moe.gating_residual else 'without'} gating residuals"
+    return f"top {moe.top_k} of {kinds} experts, {residuals(model)}"
+
+
+def residuals(model: Transformer) -> str:
+    return f"{'with' if model.moe_config.gating_residual else 'without'} gating residuals"
 
 
 def run_name(ckpt: str | Path) -> str:

@@ -255,7 +255,7 @@ def scores(looked: Looked) -> Picture:
     if len(looked.scores) > 1:
         ours, theirs = (its.moments()[:, 1] for its in looked.scores.values())
         ratios = " and ".join(f"{a / b:.2f}" for a, b in zip(ours, theirs, strict=False))
-        seen += f"The first's variance is {ratios} times the other's."
+        seen += f"The variances of the first are {ratios} times those of the other."
     return Picture("scores", "Routing scores (figure 6)", seen.strip(), rows, lambda: plots.scores(density))
 
 

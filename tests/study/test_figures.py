@@ -290,7 +290,8 @@ def test_figures_are_of_all_held_out_text(there: Path, drawn: Path) -> None:
     assert sum(int(row["tokens"]) for row in rows.values()) == n
     shares = [row for row in read(drawn / "load.csv") if row["layers"] == "layer 1" and row["domain"] == "plain"]
     assert sum(float(row["experts_per_token"]) for row in shares) == pytest.approx(2, abs=1e-4)
-    assert {row["checkpoint"] for row in read(drawn / "scores.csv")} == {"moepp/1", "vanilla/1"}
+    names = {row["checkpoint"] for row in read(drawn / "scores.csv")}
+    assert names == {"moepp/1, with gating residuals", "vanilla/1, without gating residuals"}
 
 
 def test_text_of_ones_own_with_labels(there: Path) -> None:
