@@ -3,6 +3,7 @@
 PYTHON ?= $(shell for p in python3.12 python3.11; do $$p -c '' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
 RECIPE ?= recipes/moepp.yaml
 DATA   ?=
+CKPT   ?=
 PROMPT ?=
 ARGS   ?=
 
@@ -14,7 +15,7 @@ DATA_ARG := $(if $(DATA),--data.path='$(DATA)')
 BASE_ARG := $(if $(filter-out file,$(origin RECIPE)),--base=$(RECIPE))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data train compare ablate bench resume generate test soak lint
+.PHONY: help setup data train compare ablate figures bench resume generate test soak lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +43,9 @@ compare: setup ## vanilla MoE against MoE++ over 3 seeds: a table, a report (ARG
 ablate: setup ## the same for the paper's ablations
 	$(MOEPP) ablate --matrix recipes/ablate.yaml $(BASE_ARG) $(DATA_ARG) $(ARGS)
 
+figures: setup ## what the router does: CKPT=…, or the newest checkpoint, on held-out text
+	$(MOEPP) figures $(if $(CKPT),--ckpt='$(CKPT)') $(DATA_ARG) $(ARGS)
+
 bench: setup $(VENV)/.bench ## speed against the limits and peers: a table, a CSV, a plot (ARGS=--quick)
 	$(MOEPP) bench $(ARGS)
 
@@ -56,7 +60,7 @@ generate: setup ## PROMPT="…": text from the newest checkpoint
 	@$(MOEPP) generate --prompt="$$PROMPT" $(ARGS)
 
 test: setup ## the test suite, on all cores
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 
 soak: setup ## kill training runs at random moments and see that nothing is lost
 	$(VENV)/bin/python -m tests.soak $(ARGS)

@@ -10,6 +10,7 @@ VERBS = {  # verb: (module, function of (verb, arguments), what it does)
     "validate": ("moepp.training.lightning_cli", "run", "validation loss of a checkpoint"),
     "test": ("moepp.training.lightning_cli", "run", "the same as validate"),
     "ablate": ("moepp.study.ablate", "run", "variants × seeds → a report: --matrix recipes/compare.yaml"),
+    "figures": ("moepp.study.figures", "run", "what the router does, drawn and counted: --ckpt PATH"),
     "bench": ("moepp.study.bench", "run", "speed against the limits and peers, one table"),
     "prepare": ("moepp.training.commands", "run", "text → tokenizer → token files"),
     "generate": ("moepp.training.commands", "run", "text from a checkpoint"),

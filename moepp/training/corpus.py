@@ -91,13 +91,7 @@ def _open_list(path: Path) -> Source:
 def _open_folder(root: Path) -> Source:
     """A sub-folder is a domain. Files that lie loose are one domain together, or, if they look like one file a
     domain (few, and each large enough to hold documents out of it), a domain each."""
-    files = [
-        file
-        for file in sorted(root.rglob("*"))
-        if _kind(file) and file.is_file() and not any(p.startswith(".") for p in file.relative_to(root).parts)
-    ]
-    if not files:
-        raise InputError(f"{root} holds no {', '.join(SUFFIXES)} file (with .gz or .zst, if you like)")
+    files = _files(root)
     name = root.resolve().name
     loose = [file for file in files if file.parent == root]
     one_each = len(loose) <= 16 and all(_kind(f) == ".jsonl" or f.stat().st_size >= 4 * PIECE for f in loose)
@@ -108,6 +102,52 @@ def _open_folder(root: Path) -> Source:
         return _stem(file) if one_each else name
 
     return _open_files(root, name, [(domain(file), file) for file in files])
+
+
+def open_labelled(path: str, labels: str) -> Source:
+    """A folder whose files have the domains that a label file gives them, wherever they lie.
+
+    Args:
+        path: the folder.
+        labels: a text file with a line for each file: its path within the folder, a tab, its domain.
+
+    Raises:
+        InputError: no such folder or label file, or the two do not match; names the line or the file.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise InputError(f"{path} is no folder: labels ({labels}) belong to the files of a folder")
+    if not Path(labels).is_file():
+        raise InputError(f"data.labels: {labels} does not exist")
+    files = [file for file in _files(root) if file.resolve() != Path(labels).resolve()]
+    domains: dict[Path, str] = {}
+    try:
+        lines = Path(labels).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise _not_utf8(Path(labels), error.start) from None
+    for number, line in enumerate(lines, 1):
+        name, _, domain = (part.strip() for part in line.partition("\t"))
+        if line.strip() and not domain:
+            raise InputError(f"{labels}, line {number}: must be a file, a tab and its domain, not {line!r}")
+        if line.strip() and root / name not in files:
+            raise InputError(f"{labels}, line {number}: {root} has no text file {name}")
+        if line.strip():
+            domains[root / name] = domain
+    if missing := [file for file in files if file not in domains]:
+        raise InputError(f"{labels} has no line for {missing[0].relative_to(root)}, one of {len(missing)} files")
+    return _open_files(root, root.resolve().name, [(domains[file], file) for file in files])
+
+
+def _files(root: Path) -> list[Path]:
+    """The text files in a folder and below, without hidden ones."""
+    files = [
+        file
+        for file in sorted(root.rglob("*"))
+        if _kind(file) and file.is_file() and not any(p.startswith(".") for p in file.relative_to(root).parts)
+    ]
+    if not files:
+        raise InputError(f"{root} holds no {', '.join(SUFFIXES)} file (with .gz or .zst, if you like)")
+    return files
 
 
 def _open_files(root: Path, name: str, files: list[tuple[str, Path]]) -> Source:

@@ -236,7 +236,7 @@ class MoECLI(LightningCLI):
     def evaluate(self, run: Callable[..., Any], ckpt_path: str | None = None, **kwargs: Any) -> None:
         """Print the metrics of a checkpoint on the held-out text."""
         if ckpt_path is None:
-            raise InputError("ckpt_path: name the checkpoint, for example runs/moepp/1/checkpoints/last.ckpt")
+            raise InputError("ckpt_path: name the checkpoint, for example runs/moepp/1/checkpoints/best.ckpt")
         self.trainer.limit_val_batches = self.trainer.limit_test_batches = 1.0
         run(ckpt_path=ckpt_path, **kwargs | {"verbose": False})
         for name, value in self.trainer.callback_metrics.items():

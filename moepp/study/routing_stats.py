@@ -1,0 +1,241 @@
+"""What routers decide, counted in one pass: memory does not grow with the text.
+
+B windows of S tokens, L layers, E experts, K choices a token, D domains, C parts of speech, V vocabulary.
+A token's FFN count is how many FFN experts are among its K choices. Counts are whole numbers, so that sums do not
+depend on their order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy.special import entr
+
+from moepp.model import MoEConfig
+
+MOST_PASSAGES = 128  # of a domain
+SCORE_BINS = 100
+
+
+class Passages:
+    """Sums over passages, consecutive stretches of text of equal length: what intervals are drawn from.
+
+    A passage is as many windows as keep every domain at MOST_PASSAGES or fewer: where one has more, neighbours are
+    added up, and passages are twice as long from then on.
+    """
+
+    def __init__(self) -> None:
+        self.windows = 1  # in a passage
+        self.seen: dict[str, int] = {}  # windows of each domain
+        self.sums: dict[str, list[np.ndarray]] = {}  # of each domain's passages
+
+    def add(self, domain: str, sums_X: np.ndarray) -> None:
+        """Count the domain's next window."""
+        seen, passages = self.seen.get(domain, 0), self.sums.setdefault(domain, [])
+        if seen % self.windows == 0:
+            passages.append(np.zeros_like(sums_X))
+        passages[-1] += sums_X
+        self.seen[domain] = seen + 1
+        if len(passages) > MOST_PASSAGES:
+            self.windows *= 2
+            for name, passages in self.sums.items():
+                self.sums[name] = [np.sum(passages[i : i + 2], axis=0) for i in range(0, len(passages), 2)]
+
+
+class RoutingStats:
+    """All that is counted of a model but its scores.
+
+    Attributes:
+        passages: of flat vectors, which `sums` reads.
+        token_n, token_ffn, token_ffn_squared: (V,) occurrences, and sums of the FFN count over layers.
+        flow: (L - 1, 4, 4) from kinds of experts to kinds in the next layer, K² for every token: its K choices go
+            to the K of the next layer in equal parts.
+    """
+
+    def __init__(self, moe: MoEConfig, n_layers: int, n_classes: int, vocab_size: int) -> None:
+        self.moe, self.n_layers, self.n_classes = moe, n_layers, n_classes
+        self.passages = Passages()
+        self.token_n, self.token_ffn, self.token_ffn_squared = np.zeros((3, vocab_size), np.int64)
+        self.flow = np.zeros((n_layers - 1, len(moe.kinds), len(moe.kinds)), np.int64)
+
+    def add(
+        self,
+        domains: Sequence[str],
+        tokens_BS: np.ndarray,
+        classes_BS: np.ndarray,
+        valid_BS: np.ndarray,
+        experts_BSLK: np.ndarray,
+    ) -> None:
+        """Count B windows. A class below 0 is none; what is not `valid` is padding."""
+        chosen_BSLE = (experts_BSLK[..., None] == np.arange(self.moe.n_experts)).sum(-2)
+        chosen_BSLE *= valid_BS[..., None, None]
+        kinds_BSLk = np.stack([chosen_BSLE[..., where].sum(-1) for where in self.moe.kinds.values()], -1)
+        self.flow += np.einsum("bsli,bslj->lij", kinds_BSLk[:, :, :-1], kinds_BSLk[:, :, 1:])
+
+        ffn_BSL = kinds_BSLk[..., 0]
+        ffn_BS = ffn_BSL.sum(-1)
+        np.add.at(self.token_n, tokens_BS[valid_BS], 1)
+        np.add.at(self.token_ffn, tokens_BS[valid_BS], ffn_BS[valid_BS])
+        np.add.at(self.token_ffn_squared, tokens_BS[valid_BS], ffn_BS[valid_BS] ** 2)
+
+        in_class_BSC = (classes_BS[..., None] == np.arange(self.n_classes)) & valid_BS[..., None]
+        sums = (
+            valid_BS.sum(1),
+            chosen_BSLE.sum(1),
+            np.einsum("bsl,bsm->blm", ffn_BSL, ffn_BSL),
+            in_class_BSC.sum(1),
+            np.einsum("bs,bsc->bc", ffn_BS, in_class_BSC),
+        )
+        for b, domain in enumerate(domains):
+            self.passages.add(domain, np.concatenate([part_B[b].ravel() for part_B in sums]))
+
+    def sums(self, flat_DX: np.ndarray) -> "Sums":
+        """Sums over passages, (…, D, X), by their names."""
+        L, E, C = self.n_layers, self.moe.n_experts, self.n_classes
+        n, chosen, products, class_n, class_ffn = np.split(flat_DX, np.cumsum([1, L * E, L * L, C]), axis=-1)
+        before = flat_DX.shape[:-1]
+        return Sums(
+            self.moe, n[..., 0], chosen.reshape(*before, L, E), products.reshape(*before, L, L), class_n, class_ffn
+        )
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over tokens, by domain, and the statistics on them. In all shapes, resamples may stand before D.
+
+    Attributes:
+        n_D: tokens.
+        chosen_DLE: tokens that chose the expert.
+        products_DLL: FFN count in one layer times that in another.
+        class_n_DC: tokens of the class.
+        class_ffn_DC: FFN count of the class, over all layers.
+    """
+
+    moe: MoEConfig
+    n_D: np.ndarray
+    chosen_DLE: np.ndarray
+    products_DLL: np.ndarray
+    class_n_DC: np.ndarray
+    class_ffn_DC: np.ndarray
+
+    @cached_property
+    def ffn_DL(self) -> np.ndarray:
+        """(D, L) FFN experts per token."""
+        return self.chosen_DLE[..., self.moe.kinds["ffn"]].sum(-1) / self.n_D[..., None]
+
+    def ffn_by_layer(self) -> np.ndarray:
+        """(D, L + 1) FFN experts per token, the mean over layers last."""
+        return np.concatenate([self.ffn_DL, self.ffn_DL.mean(-1, keepdims=True)], -1)
+
+    def ffn_by_class(self) -> np.ndarray:
+        """(C,) FFN experts per token, mean over layers and all domains; NaN for a class that does not occur."""
+        n_C = self.class_n_DC.sum(-2) * self.chosen_DLE.shape[-2]
+        return np.divide(self.class_ffn_DC.sum(-2), n_C, out=np.full(n_C.shape, np.nan), where=n_C > 0)
+
+    def activations(self) -> np.ndarray:
+        """(D, 4) share of tokens that choose an expert of the kind, mean over its experts and layers."""
+        share_DE = self.chosen_DLE.mean(-2) / self.n_D[..., None]
+        return np.stack([_mean(share_DE[..., where]) for where in self.moe.kinds.values()], -1)
+
+    def zero_excess(self) -> np.ndarray:
+        """() The same of zero experts, less that of the next most active kind, over all domains."""
+        share_E = self.chosen_DLE.sum(-3).mean(-2) / self.n_D.sum(-1)[..., None]
+        *others, zero = (_mean(share_E[..., where]) for where in self.moe.kinds.values())
+        return zero - np.fmax.reduce(others)
+
+    def correlation(self) -> np.ndarray:
+        """(L, L) correlation between tokens of the FFN counts in two layers; NaN where one is constant."""
+        n = self.n_D.sum(-1)[..., None, None]
+        mean_L1 = self.chosen_DLE[..., self.moe.kinds["ffn"]].sum((-1, -3))[..., None] / n
+        covariance_LL = self.products_DLL.sum(-3) / n - mean_L1 * mean_L1.swapaxes(-1, -2)
+        variance_L = np.diagonal(covariance_LL, axis1=-2, axis2=-1)
+        sd_L = np.sqrt(np.where(variance_L > 1e-9, variance_L, np.nan))
+        return covariance_LL / (sd_L[..., None] * sd_L[..., None, :])
+
+    def adjacent_correlation(self) -> np.ndarray:
+        """() Its mean over pairs of adjacent layers."""
+        return _mean(np.diagonal(self.correlation(), 1, -2, -1))
+
+    def adjacent_correlation_of_domains(self) -> np.ndarray:
+        """() The same of FFN experts per token, between domains instead of tokens; NaN below three domains."""
+        if self.ffn_DL.shape[-2] < 3:
+            return np.full(self.ffn_DL.shape[:-2], np.nan)
+        z_DL = self.ffn_DL - self.ffn_DL.mean(-2, keepdims=True)
+        z_DL = z_DL / np.sqrt((z_DL**2).sum(-2, keepdims=True))
+        return _mean((z_DL[..., 1:] * z_DL[..., :-1]).sum(-2))
+
+    def adjacent_excess(self) -> np.ndarray:
+        """() adjacent_correlation, less its mean over pairs of layers further apart."""
+        i, j = np.triu_indices(self.chosen_DLE.shape[-2], 2)
+        return self.adjacent_correlation() - _mean(self.correlation()[..., i, j])
+
+    def spread_by_layer(self) -> np.ndarray:
+        """(L,) variance between domains of FFN experts per token."""
+        return _variance(self.ffn_DL.swapaxes(-1, -2))
+
+    def outer_excess(self) -> np.ndarray:
+        """() spread_by_layer of the first and last layer, less that of those between."""
+        spread_L = self.spread_by_layer()
+        return _mean(spread_L[..., [0, -1]]) - _mean(spread_L[..., 1:-1])
+
+    def spread(self) -> np.ndarray:
+        """() Variance between domains of FFN experts per token, mean over layers."""
+        return _variance(self.ffn_DL.mean(-1))
+
+    def divergence_by_layer(self) -> np.ndarray:
+        """(L,) Jensen–Shannon divergence of the domains' expert distributions, in bits, domains weighing the same.
+
+        It is what one choice of expert tells of the domain: 0 where all are alike.
+        """
+        p_DLE = self.chosen_DLE / self.chosen_DLE.sum(-1, keepdims=True)
+        if p_DLE.shape[-3] < 2:
+            return np.full(p_DLE.shape[:-3] + p_DLE.shape[-2:-1], np.nan)
+        return (entr(p_DLE.mean(-3)).sum(-1) - entr(p_DLE).sum(-1).mean(-2)) / np.log(2)
+
+    def divergence(self) -> np.ndarray:
+        """() Its mean over layers."""
+        return self.divergence_by_layer().mean(-1)
+
+
+def _mean(x: np.ndarray) -> np.ndarray:
+    """Over the last axis; NaN, in silence, of nothing."""
+    return x.mean(-1) if x.shape[-1] else np.full(x.shape[:-1], np.nan)
+
+
+def _variance(x: np.ndarray) -> np.ndarray:
+    """Of a sample, over the last axis; NaN, in silence, below two values."""
+    return x.var(-1, ddof=1) if x.shape[-1] > 1 else np.full(x.shape[:-1], np.nan)
+
+
+class Scores:
+    """The highest and second-highest routing probability (figure 6) of a model: histograms and moments.
+
+    Attributes:
+        n: tokens.
+        histogram: (L, R, SCORE_BINS) tokens, in bins of equal width from 0 to 1. R is 2, or 1 with one expert.
+        low, high: (L, R) the least and the largest.
+    """
+
+    def __init__(self, n_layers: int, n_ranks: int) -> None:
+        self.n = 0
+        self.histogram = np.zeros((n_layers, n_ranks, SCORE_BINS), np.int64)
+        self.sum, self.squares = np.zeros((2, n_layers, n_ranks))
+        self.low, self.high = np.ones((n_layers, n_ranks)), np.zeros((n_layers, n_ranks))
+
+    def add(self, scores_TLR: np.ndarray) -> None:
+        scores_TLR = scores_TLR.astype(np.float64)
+        bins_TLR = np.minimum(scores_TLR * SCORE_BINS, SCORE_BINS - 1).astype(np.int64)
+        for layer, rank in np.ndindex(self.low.shape):
+            self.histogram[layer, rank] += np.bincount(bins_TLR[:, layer, rank], minlength=SCORE_BINS)
+        self.n += len(scores_TLR)
+        self.sum += scores_TLR.sum(0)
+        self.squares += (scores_TLR**2).sum(0)
+        self.low = np.minimum(self.low, scores_TLR.min(0))
+        self.high = np.maximum(self.high, scores_TLR.max(0))
+
+    def moments(self, layers: slice = slice(None)) -> np.ndarray:
+        """(R, 4) mean, variance, least and largest over all tokens and these layers."""
+        mean = self.sum[layers].mean(0) / self.n
+        variance = self.squares[layers].mean(0) / self.n - mean**2
+        return np.stack([mean, variance, self.low[layers].min(0), self.high[layers].max(0)], -1)
