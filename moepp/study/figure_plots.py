@@ -156,7 +156,9 @@ def scores(density_by_name: Mapping[str, np.ndarray]) -> Figure:
         axes.set_xlim(0, (0.5 if rank else 1) + 0.01)  # the second-highest is never above a half
     grid[0, 0].set_ylabel("density over tokens and layers")
     if len(density_by_name) > 1:
-        grid[0, -1].legend()
+        figure.legend(
+            *grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(density_by_name)
+        )
     return figure
 
 
