@@ -33,7 +33,9 @@ SECTIONS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "layer": layers.layer,
     "tau": layers.tau,
     "zero": layers.zero_computation,
-    "growth": layers.growth,
+    "tokens": layers.tokens,
+    "experts": layers.experts,
+    "constants": layers.constants,
     "step": steps.step,
     "mfu": steps.mfu,
     "start": steps.start,
@@ -73,9 +75,14 @@ def run(verb: str, arguments: list[str]) -> None:
             torch.manual_seed(0)
             torch.compiler.reset()
             try:
-                rows += SECTIONS[name](at)
+                for row in SECTIONS[name](at):
+                    rows.append(row)  # what was measured before an error counts
             except NotEqual as error:
-                raise SystemExit(f"moepp {verb}: {name}: {error}: nothing was timed") from error
+                raise SystemExit(
+                    f"moepp {verb}: {name}: {error}: not the same computation, so no table"
+                ) from error
+            except torch.OutOfMemoryError:
+                rows.append(Row(name, "the rest", "", note="left out: does not fit the memory"))
             progress.update(task, completed=1)
 
     rows += results.missing(rows, device)

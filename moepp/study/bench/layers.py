@@ -153,25 +153,35 @@ def bind(run: Callable[[Timed], None], subject: Timed) -> Callable[[], None]:
     return lambda: run(subject)
 
 
-def growth(at: Setting) -> Iterator[Row]:
-    """Forward and backward time by tokens, by FFN experts and by constant experts, one of these at a time."""
-    T, share = at.sizes.n_tokens, MoEConfig().ffn_share
-    tokens = [RoutedLayer(at, MoEConfig(), n_tokens=T * eighths // 8) for eighths in (1, 2, 4, 8, 16)]
-    unit = f"× the time per token of {tokens[0].x_TD.shape[0]:,} tokens"
-    yield from grow(at, "tokens", [(f"{len(s.x_TD):,} tokens", len(s.x_TD), s) for s in tokens], unit)
-    del tokens
-    experts = [(n, RoutedLayer(at, MoEConfig(n_ffn=n), share)) for n in (8, 4, 16, 32, 64, 128)]
-    cases = [(f"{n} FFN experts, same rows", 1, subject) for n, subject in experts]
-    yield from grow(at, "experts", cases, "× the time of 8")
-    del experts, cases
-    constants = [(n, RoutedLayer(at, MoEConfig(n_const=n), share)) for n in (2, 1, 4, 8, 16)]
-    cases = [(f"{n} constant experts, same FFN rows", 1, subject) for n, subject in constants]
-    yield from grow(at, "constants", cases, "× the time of 2")
+def tokens(at: Setting) -> Iterator[Row]:
+    """How forward and backward time grows with tokens."""
+    numbers = [at.sizes.n_tokens * eighths // 8 for eighths in (1, 2, 4, 8, 16)]
+    cases = {f"{n:,} tokens": RoutedLayer(at, MoEConfig(), n_tokens=n) for n in numbers}
+    yield from growth(at, "tokens", cases, f"× the time per token of {numbers[0]:,}", numbers)
 
 
-def grow(at: Setting, section: str, cases: Sequence[tuple[str, int, Timed]], unit: str) -> Iterator[Row]:
-    """Time per amount, relative to the first case's; cases are (name, amount, subject)."""
-    rounds = at.time([subject.forward_and_backward for _, _, subject in cases])
-    yield measured(section, cases[0][0], "ms", [1e3 * one[0] for one in rounds])
-    for i, (name, amount, _) in enumerate(cases[1:], start=1):
-        yield measured(section, name, unit, [one[i] / one[0] * cases[0][1] / amount for one in rounds])
+def experts(at: Setting) -> Iterator[Row]:
+    """With FFN experts, at the same number of rows for all of them together."""
+    share, numbers = MoEConfig().ffn_share, (8, 4, 16, 32, 64, 128)
+    cases = {f"{n} FFN experts, same rows": RoutedLayer(at, MoEConfig(n_ffn=n), share) for n in numbers}
+    yield from growth(at, "experts", cases, "× the time of 8")
+
+
+def constants(at: Setting) -> Iterator[Row]:
+    """With constant experts, at the same number of FFN rows."""
+    share, numbers = MoEConfig().ffn_share, (2, 1, 4, 8, 16)
+    cases = {f"{n} constant experts, same FFN rows": RoutedLayer(at, MoEConfig(n_const=n), share) for n in numbers}
+    yield from growth(at, "constants", cases, "× the time of 2")
+
+
+def growth(
+    at: Setting, section: str, cases: dict[str, RoutedLayer], unit: str, amounts: Sequence[int] | None = None
+) -> Iterator[Row]:
+    """Time relative to the first case's; with `amounts`, time per amount."""
+    rounds = at.time([subject.forward_and_backward for subject in cases.values()])
+    per = amounts or [1] * len(cases)
+    for i, name in enumerate(cases):
+        if i == 0:
+            yield measured(section, name, "ms", [1e3 * one[0] for one in rounds])
+        else:
+            yield measured(section, name, unit, [one[i] / one[0] * per[0] / per[i] for one in rounds])

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from moepp.model import InputError, MoEConfig, MoELayer, Routing, Transformer, TransformerConfig
 from moepp.model.router import Router
 
-BACK_ENDS = ("eager", "batched_mm", "grouped_mm")  # transformers' `experts_implementation`
-
 # ---- forced routing ----------------------------------------------------------------------------------------
 
 
@@ -129,7 +127,7 @@ class ReleasedLoop(nn.Module):
 
 def to_mixtral(model: Transformer, back_end: str) -> nn.Module:
     """transformers' MixtralForCausalLM with the weights of a vanilla MoE `model`, computing its experts by
-    `back_end` (one of BACK_ENDS)."""
+    `back_end` (eager, batched_mm or grouped_mm)."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     moe = model.moe_config
@@ -203,7 +201,7 @@ def filled(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
 
 # ---- parity ------------------------------------------------------------------------------------------------
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the norm of what is expected
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the norm of what is expected
 
 
 class NotEqual(Exception):
