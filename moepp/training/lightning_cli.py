@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 
 import lightning as L
 import torch
-import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -30,6 +29,7 @@ from moepp.training.data import TokenDataModule
 from moepp.training.module import LitMoE
 from moepp.training.stop import StopOnSignal
 from moepp.training.tokens import padded_vocab_size
+from moepp.training.yaml_file import read_yaml
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,  # max_steps decides
@@ -80,6 +80,12 @@ def run(verb: str, arguments: list[str]) -> None:
 class OneLineParser(LightningArgumentParser):
     """Reports an error as one line (InputError), where argparse prints its usage as well."""
 
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().parse_args(*args, **kwargs)
+        except RecursionError as error:
+            raise InputError("an option's value is nested too deep, or holds itself") from error
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         line = " ".join(str(message).split())
         if unknown := re.search(r"(?:unrecognized arguments: --|not accept option ['\"])([\w.]+)", line, re.I):
@@ -104,13 +110,16 @@ class MoECLI(LightningCLI):
 
     def _set_seed(self) -> None:
         seed = self._get(self.config, "seed_everything")
-        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+        if not isinstance(seed, bool) and (seed is None or not 0 <= seed < 2**32):
             raise InputError(f"seed_everything: must be between 0 and 2^32, got {seed}")
         super()._set_seed()
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         # a checkpoint from elsewhere must not run code, so this is no option
         return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+
+    def before_instantiate_classes(self) -> None:
+        require_sections(self.config[self.subcommand])
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--base", type=str | None, help="in a recipe: the recipe that it changes")
@@ -258,6 +267,18 @@ class MoECLI(LightningCLI):
         )
 
 
+def require_sections(options: Any) -> None:
+    """Raise an InputError for a section without options, such as `data:` alone: the parser lets it pass."""
+    for name in ("model", "model.transformer", "model.moe", "model.optim", "data", "trainer"):
+        section = options
+        for key in name.split("."):
+            section = section[key]
+        if not hasattr(section, "items"):
+            raise InputError(
+                f"{name}: holds no options but {section}: leave it out, or say what in it is to change"
+            )
+
+
 def expand_bases(arguments: list[str]) -> list[str]:
     """`--config X`, where X says `base: Y`, becomes `--config Y --config X`: a recipe may be a few lines."""
     expanded: list[str] = []
@@ -277,13 +298,10 @@ def with_bases(path: Path) -> list[Path]:
     """The recipe's chain of bases, the first base first."""
     chain = [path.resolve()]
     while chain[0].is_file():  # a missing file is the parser's to report
-        try:
-            recipe = yaml.safe_load(chain[0].read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{chain[0]}: is not YAML: {error}") from error
+        recipe = read_yaml(chain[0])
         if not isinstance(recipe, dict) or recipe.get("base") is None:
             break
-        base = (chain[0].parent / str(recipe["base"])).resolve()
+        base = (chain[0].parent / str(recipe["base"]).replace("\0", "")).resolve()
         if not base.is_file():
             raise InputError(f"{chain[0]}: its base {base} does not exist")
         if base in chain:
