@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if verb not in VERBS:
         return fail(f"unknown verb {verb!r}: use one of {', '.join(VERBS)}")
+    for argument in rest:
+        if any("\ud800" <= letter <= "\udfff" for letter in argument):  # how Python marks bytes that are no text
+            return fail(f"{verb}: {argument!r} is not UTF-8")
     from moepp.model.errors import InputError
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

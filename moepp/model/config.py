@@ -1,10 +1,13 @@
 """What a model is: two validated dataclasses."""
 
-import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 from moepp.model.errors import InputError
+
+LARGEST = 1e9  # of any number here: nobody means more, and float32 would not hold its square's square
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class MoEConfig:
     renormalize_without_zero: bool = True
 
     def __post_init__(self) -> None:
+        require_types(self, "moe")
         require(self.n_ffn >= 1, "moe.n_ffn", self.n_ffn, "must be at least 1")
         for name in ("n_zero", "n_copy", "n_const"):
             require(getattr(self, name) >= 0, f"moe.{name}", getattr(self, name), "must not be negative")
@@ -56,18 +60,20 @@ class MoEConfig:
             self.top_k,
             f"must not exceed the {self.n_experts} experts",
         )
-        require(0 < self.tau < math.inf, "moe.tau", self.tau, "must be positive")
+        require(self.tau > 0, "moe.tau", self.tau, "must be positive")
         require(self.balance_weight >= 0, "moe.balance_weight", self.balance_weight, "must not be negative")
         if self.capacity_factor is not None:
             require(
-                0 < self.capacity_factor < math.inf,
+                self.capacity_factor > 0,
                 "moe.capacity_factor",
                 self.capacity_factor,
                 "must be positive, or null for no limit",
             )
         require(self.router_depth in (1, 2), "moe.router_depth", self.router_depth, "must be 1 or 2")
+        require(self.scale_expert_input > 0, "moe.scale_expert_input", self.scale_expert_input, "must be positive")
         if self.logits_norm_std is not None:
             require(self.logits_norm_std > 0, "moe.logits_norm_std", self.logits_norm_std, "must be positive")
+            require(self.n_experts > 1, "moe.logits_norm_std", self.logits_norm_std, "needs two experts or more")
 
     @property
     def n_zero_computation(self) -> int:
@@ -136,6 +142,7 @@ class TransformerConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
+        require_types(self, "transformer")
         sizes = (
             "vocab_size",
             "n_layers",
@@ -147,8 +154,9 @@ class TransformerConfig:
         )
         for name in sizes:
             require(getattr(self, name) >= 1, f"transformer.{name}", getattr(self, name), "must be at least 1")
-        for name in ("rope_theta", "norm_eps", "init_std"):
-            require(getattr(self, name) > 0, f"transformer.{name}", getattr(self, name), "must be positive")
+        require(self.rope_theta >= 1, "transformer.rope_theta", self.rope_theta, "must be at least 1")
+        require(self.norm_eps >= 1e-12, "transformer.norm_eps", self.norm_eps, "must be at least 1e-12")
+        require(0 < self.init_std <= 10, "transformer.init_std", self.init_std, "must be positive and at most 10")
         require(
             self.hidden_size % self.n_heads == 0,
             "transformer.n_heads",
@@ -175,6 +183,23 @@ class TransformerConfig:
     @property
     def kv_heads(self) -> int:
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+
+def require_types(config: Any, part: str) -> None:
+    """Raise an InputError for a field of another type, or a number beyond all sense.
+
+    A recipe's values have been through a parser that knows the types. Those of a checkpoint, or of a released
+    config.json, have not.
+    """
+    for field in fields(config):
+        name, value = f"{part}.{field.name}", getattr(config, field.name)
+        if get_origin(field.type) is Literal:
+            continue  # the caller names the choices
+        kinds = get_args(field.type) or (field.type,)  # of `int | None`, of `int`
+        fits = type(value) in kinds or (type(value) is int and float in kinds)
+        require(fits, name, repr(value), "must be " + " or ".join(KINDS[kind] for kind in kinds))
+        if type(value) in (int, float):
+            require(-LARGEST <= value <= LARGEST, name, value, "must lie between -1e9 and 1e9")
 
 
 def require(ok: bool, name: str, value: object, rule: str) -> None:

@@ -34,6 +34,8 @@ def generate(
     require(temperature >= 0, "temperature", temperature, "must not be negative")
     require(0 < top_p <= 1, "top_p", top_p, "must be above 0 and at most 1")
     require(0 <= seed < 2**63, "seed", seed, "must be between 0 and 2^63")
+    highest, vocab_size = int(prompt_S.max()), model.config.vocab_size
+    require(highest < vocab_size, "prompt", highest, f"must be of tokens below vocab_size={vocab_size}")
     context = model.config.context_length
     if len(prompt_S) + max_new_tokens > context:
         raise InputError(
@@ -47,6 +49,8 @@ def generate(
     tokens = unseen = prompt_S[None]
     for _ in range(max_new_tokens):
         logits_V = model(unseen, caches).logits[0, -1].float()
+        if not logits_V.isfinite().all():
+            raise InputError("the model's output is not finite: its weights are damaged, or its training diverged")
         token = sample(logits_V, temperature, top_p, generator)
         tokens = torch.cat((tokens, token.view(1, 1)), dim=1)
         unseen = token.view(1, 1) if use_cache else tokens
@@ -58,7 +62,7 @@ def generate(
 
 def sample(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
     """One token (): the arg max at temperature 0, else a draw from the nucleus of probability `top_p`."""
-    if temperature == 0:
+    if temperature < 1e-30:  # in float32 the difference of two logits, divided by less, is 0 / 0
         return logits_V.argmax()
     probs_V, order_V = ((logits_V - logits_V.max()) / temperature).softmax(-1).sort(descending=True)
     before_V = probs_V.cumsum(0) - probs_V  # what the more likely tokens add up to; the first is always kept

@@ -41,8 +41,8 @@ def init_parameters(
             continue
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:7], "little"))
-        scale = (2 * n_layers) ** -0.5 if name.endswith(RESIDUAL_WRITERS) else 1.0
+        deviation = std * (2 * n_layers) ** -0.5 if name.endswith(RESIDUAL_WRITERS) else std
         if name == "embedding.weight" and not tied:
-            scale = 1 / std
+            deviation = 1.0
         with torch.no_grad():
-            parameter.normal_(0.0, std * scale, generator=generator)
+            parameter.normal_(0.0, deviation, generator=generator)

@@ -34,16 +34,17 @@ def load_released(folder: str | Path) -> Transformer:
         missing = [part for part in parts if part not in tensors]
         if missing:
             raise InputError(f"{folder}: has no tensor {missing[0]}; is the checkpoint whole?")
-        value = (
-            torch.stack([tensors[part] for part in parts])
-            if stacked(name)
-            else torch.cat([tensors[p] for p in parts])
-        )
+        try:
+            value = (torch.stack if stacked(name) else torch.cat)([tensors[part] for part in parts])
+        except (RuntimeError, TypeError) as error:  # of several shapes, or no tensors
+            raise InputError(f"{folder}: {parts[0]} and its like do not make one {name} ({error})") from error
         expected = model.get_parameter(name).shape
         if value.shape != expected:
             raise InputError(
                 f"{folder}: {parts[0]} makes {name} {tuple(value.shape)}, config.json {tuple(expected)}"
             )
+        if not value.isfinite().all():
+            raise InputError(f"{folder}: {parts[0]} or its like holds values that are not finite")
         state[name] = value
     model.load_state_dict(state, strict=not transformer.tie_embeddings)
     return model.eval()
@@ -149,7 +150,7 @@ def read_config(folder: Path) -> tuple[TransformerConfig, MoEConfig]:
         raise InputError(f"{path}: has no key {error}") from error
     except InputError:
         raise
-    except (TypeError, ValueError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not a released MoE++ config ({error})") from error
     return transformer, moe
 
@@ -204,6 +205,6 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             else:
                 tensors |= torch.load(shard, map_location="cpu", weights_only=True)
         except Exception as error:  # each library has its own; none of them names the file
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{shard}: cannot be read, is it damaged? ({reason})") from error
+            reason = str(error).strip() or type(error).__name__
+            raise InputError(f"{shard}: cannot be read, is it damaged? ({reason.splitlines()[0]})") from error
     return tensors

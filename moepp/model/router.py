@@ -80,7 +80,8 @@ class Router(nn.Module):
                 logits_TE = logits_TE + F.linear(previous_logits_TE, self.residual.to(dtype))
             scores_TE = logits_TE
             if moe.logits_norm_std is not None:
-                scores_TE = logits_TE * (moe.logits_norm_std / logits_TE.std(-1, keepdim=True))
+                std_T1 = logits_TE.std(-1, keepdim=True).clamp(min=1e-12)  # 0 where all logits are equal
+                scores_TE = logits_TE * (moe.logits_norm_std / std_T1)
             experts_TK = scores_TE.topk(moe.top_k, dim=-1).indices
             gates_TK = self.gates(scores_TE, experts_TK)
             kept_TK = None

@@ -3,6 +3,7 @@
 B sequences, S positions, D hidden size, N query heads, M key/value heads, d head size, V vocabulary.
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moepp.model.config import MoEConfig, TransformerConfig, require
+from moepp.model.counts import count_parameters
 from moepp.model.errors import InputError
 from moepp.model.init import draw_seed, init_parameters
 from moepp.model.moe import MoELayer
@@ -96,6 +98,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: TransformerConfig, moe: MoEConfig) -> None:
         super().__init__()
+        require_memory(config, moe)
         seed = draw_seed()
         self.config, self.moe_config = config, moe
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -130,6 +133,19 @@ class Transformer(nn.Module):
             x_BSD, routing = block(x_BSD, rope_2Sd, previous_logits, caches[i] if caches else None)
             routings.append(routing)
         return self.norm(x_BSD), routings
+
+
+def require_memory(config: TransformerConfig, moe: MoEConfig) -> None:
+    """Raise an InputError where the model alone would not fit this machine's memory."""
+    if torch.get_default_device().type != "cpu" or not hasattr(os, "sysconf"):
+        return
+    numbers = count_parameters(config, moe).total + 2 * config.context_length * config.head_dim
+    needed, there = 4 * numbers, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise InputError(
+            f"a model of these sizes needs {needed / 1e9:.3g} GB, this machine has {there / 1e9:.3g} GB: lower "
+            "transformer.hidden_size, intermediate_size, n_layers, vocab_size or context_length, or moe.n_ffn"
+        )
 
 
 def rope_table(config: TransformerConfig) -> Tensor:

@@ -36,6 +36,7 @@ from moepp.training.data import TokenDataModule
 from moepp.training.durable import replacing
 from moepp.training.provenance import differences
 
+MOST = 1000  # seeds, or runs at once
 FIT = [sys.executable, "-m", "moepp", "fit"]
 
 
@@ -75,6 +76,8 @@ def run(verb: str, arguments: list[str]) -> None:
     for name, value in (("seeds", seeds), ("jobs", jobs)):
         if not isinstance(value, int) or value < 1:
             raise InputError(f"{name}: must be at least 1, got {value}")
+        if value > MOST:
+            raise InputError(f"{name}: must be at most {MOST}, got {value}")
     out = options.out or Path("runs") / (options.matrix.stem + ("-quick" if options.quick else ""))
     matrix = resolve(options.matrix, contents, base, overrides)
     runs = matrix.runs(seeds, out)

@@ -12,8 +12,17 @@ import yaml
 from moepp.model import InputError, MoEConfig, TransformerConfig, flops_per_token
 from moepp.training import lightning_cli
 from moepp.training.tokens import padded_vocab_size
+from moepp.training.yaml_file import read_yaml
 
 PLOTS = ("curves", "tau", "constants")
+KINDS = {
+    "base": str,
+    "reference": str,
+    "seeds": int,
+    "quick": dict,
+    "sources": dict,
+    "variants": dict,
+}  # of a matrix
 STUDY_KEYS = {"paper", "plots", "ffn_width"}  # of a variant; all its other keys are options of the run
 ANY_SEED = 2**31 - 1  # where this value turns up in resolved options, the recipe wants the seed there
 
@@ -105,23 +114,39 @@ def read_matrix(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise InputError(f"matrix: {path} does not exist")
-    try:
-        matrix = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: is not YAML: {error}") from error
+    matrix = read_yaml(path)
     if not isinstance(matrix, dict) or not isinstance(matrix.get("variants"), dict):
         raise InputError(f"{path}: is no matrix: it needs base, reference and variants, see recipes/compare.yaml")
-    known = {"base", "reference", "seeds", "quick", "sources", "variants"}
-    if unknown := set(matrix) - known:
-        raise InputError(f"{path}: unknown key {min(unknown)!r}: use {', '.join(sorted(known))}")
+    if unknown := {str(key) for key in matrix} - set(KINDS):
+        raise InputError(f"{path}: unknown key {min(unknown)!r}: use {', '.join(sorted(KINDS))}")
+    for key, value in matrix.items():
+        as_kind(value, KINDS[key], f"{path}: {key}")
     if matrix.get("reference") not in matrix["variants"]:
         raise InputError(f"{path}: its reference {matrix.get('reference')!r} is none of its variants")
     for name, variant in matrix["variants"].items():
-        if not isinstance(variant, dict | None) or not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(variant, dict | None) or not isinstance(name, str) or not is_file_name(name):
             raise InputError(f"{path}: variant {name!r}: is no name with a mapping of options")
-        if unknown := set((variant or {}).get("plots", [])) - set(PLOTS):
-            raise InputError(f"{path}: variant {name}: no plot {min(unknown)!r}: use {', '.join(PLOTS)}")
+        variant = variant or {}
+        for plot in as_kind(variant.get("plots", []), list, f"{path}: variant {name}: plots"):
+            if plot not in PLOTS:
+                raise InputError(f"{path}: variant {name}: no plot {plot!r}: use {', '.join(PLOTS)}")
+        if as_kind(variant.get("ffn_width", 1), int, f"{path}: variant {name}: ffn_width") < 1:
+            raise InputError(f"{path}: variant {name}: ffn_width: must be at least 1")
+        for quantity, figures in as_kind(variant.get("paper", {}), dict, f"{path}: variant {name}: paper").items():
+            for figure in as_kind(figures, dict, f"{path}: variant {name}: paper.{quantity}").values():
+                as_kind(figure, (int, float), f"{path}: variant {name}: paper.{quantity}")
     return matrix
+
+
+def is_file_name(name: str) -> bool:
+    return name != "" and "\0" not in name and Path(name).name == name
+
+
+def as_kind(value: Any, kind: Any, name: str) -> Any:
+    """The value, or an InputError that it is of another type."""
+    if not isinstance(value, kind):
+        raise InputError(f"{name}: {value!r} is of the wrong type, see recipes/compare.yaml")
+    return value
 
 
 def resolve(path: Path, matrix: dict[str, Any], base: Path, overrides: list[str]) -> Matrix:
@@ -166,6 +191,7 @@ def fit_options(base: Path, overrides: list[str], changes: dict[str, Any]) -> di
         with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
             lightning_cli.run("fit", [*arguments, "--print_config"])
     options = yaml.safe_load(printed.getvalue())
+    lightning_cli.require_sections(options)
     del options["base"]  # resolved
     own = {"ckpt_path": options.pop("ckpt_path")}
     own["trainer.default_root_dir"] = options["trainer"].pop("default_root_dir")

@@ -3,10 +3,9 @@
 from itertools import pairwise
 from pathlib import Path
 
-import yaml
-
 from moepp.model import InputError
 from moepp.training.checkpoint import newest_checkpoint
+from moepp.training.yaml_file import read_yaml
 
 
 def expand_last(arguments: list[str], recipe: str) -> list[str]:
@@ -55,13 +54,10 @@ def with_bases(path: Path) -> list[Path]:
     """The recipe's chain of bases, the first base first."""
     chain = [path.resolve()]
     while chain[0].is_file():  # a missing file is the parser's to report
-        try:
-            recipe = yaml.safe_load(chain[0].read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{chain[0]}: is not YAML: {error}") from error
+        recipe = read_yaml(chain[0])
         if not isinstance(recipe, dict) or recipe.get("base") is None:
             break
-        base = (chain[0].parent / str(recipe["base"])).resolve()
+        base = (chain[0].parent / str(recipe["base"]).replace("\0", "")).resolve()
         if not base.is_file():
             raise InputError(f"{chain[0]}: its base {base} does not exist")
         if base in chain:

@@ -92,12 +92,13 @@ def import_(folder: str, ckpt: str, tokenizer: str | None = None) -> None:
     path = Path(tokenizer) if tokenizer else Path(folder) / "tokenizer.json"
     if tokenizer and not path.is_file():
         raise InputError(f"tokenizer: {path} does not exist")
-    text = path.read_text() if path.is_file() else None
-    if text is not None:
+    text = None
+    if path.is_file():
         try:
-            tokens.load_tokenizer(text)
-        except Exception as error:  # tokenizers raises Exception itself
-            raise InputError(f"tokenizer: {path} cannot be read ({error})") from error
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"tokenizer: {path} is not UTF-8 ({error})") from error
+        tokens.load_tokenizer(text, f"tokenizer: {path}")
     if Path(ckpt).exists():
         raise InputError(f"ckpt: {ckpt} exists already; name another file or remove it")
     meta = {

@@ -73,6 +73,15 @@ def open_source(path: str) -> Source:
     return _open_files(root, _stem(root), [(_stem(root), root)])
 
 
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: half of a surrogate pair stands for a byte that was none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _open_list(path: Path) -> Source:
     domains = wheels.read_list(path)
     fingerprint = {"list": path.read_text(encoding="utf-8")}
@@ -147,6 +156,8 @@ def _files(root: Path) -> list[Path]:
     ]
     if not files:
         raise InputError(f"{root} holds no {', '.join(SUFFIXES)} file (with .gz or .zst, if you like)")
+    if odd := [file for file in files if not is_text(str(file))]:
+        raise InputError(f"{str(odd[0])!r} is a name that is not UTF-8: rename it")
     return files
 
 
@@ -310,10 +321,8 @@ def _text_of(row: Any, where: str) -> str:
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise InputError(f'{where} has no "text": each document must be an object like {{"text": "..."}}')
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{where} holds half of a surrogate pair, which is no character: remove it") from None
+    if not is_text(text):
+        raise InputError(f"{where} holds half of a surrogate pair, which is no character: remove it")
     return text
 
 

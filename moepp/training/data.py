@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from moepp.model.errors import InputError
-from moepp.training.tokens import END_OF_TEXT_ID, TokenFiles, padded_vocab_size, prepare
+from moepp.training.tokens import END_OF_TEXT_ID, MOST_TOKENS, TokenFiles, padded_vocab_size, prepare
 
 IGNORE = -100  # a target that is none: what torch's cross-entropy ignores
 
@@ -54,11 +54,18 @@ class TokenDataModule(L.LightningDataModule):
         allow_other_text: bool = False,
     ) -> None:
         super().__init__()
-        least = {"vocab_size": (vocab_size, 257), "seq_len": (seq_len, 1), "batch_size": (batch_size, 1)}
-        least |= {"seed": (seed, 0), "num_workers": (num_workers, 0)}
-        for name, (value, bound) in least.items():
-            if value < bound:
-                raise InputError(f"data.{name} must be at least {bound}, not {value}")
+        ranges = {
+            "vocab_size": (vocab_size, 257, MOST_TOKENS),
+            "seq_len": (seq_len, 1, 2**31),
+            "batch_size": (batch_size, 1, 2**31),
+            "seed": (seed, 0, 2**63 - 1),
+            "num_workers": (num_workers, 0, 1024),  # each is a process
+        }
+        for name, (value, least, most) in ranges.items():
+            if value < least:
+                raise InputError(f"data.{name} must be at least {least}, not {value}")
+            if value > most:
+                raise InputError(f"data.{name} must be at most {most}, not {value}")
         if not 0 < val_fraction < 1:
             raise InputError(f"data.val_fraction must lie between 0 and 1, not {val_fraction}")
         self.path = path
@@ -120,6 +127,20 @@ class TokenDataModule(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         """The validation batches: there is no third part of the text."""
         return self.val_dataloader()
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Refuse a token that the embedding has no row for: a GPU would only say that some assertion failed.
+
+        Raises:
+            InputError: the token files are damaged.
+        """
+        largest = int(max(batch["inputs"].max(), batch["targets"].max()))
+        if largest >= self.files.meta["padded_vocab_size"]:
+            raise InputError(
+                f"{self.files.path} is damaged: it holds token {largest}, and its vocabulary ends at "
+                f"{self.files.meta['padded_vocab_size'] - 1}; delete the folder and prepare the text anew"
+            )
+        return batch
 
     def _folder(self, progress: bool) -> Path:
         if Path(self.path, "meta.json").is_file():

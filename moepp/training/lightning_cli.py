@@ -77,6 +77,12 @@ def run(verb: str, arguments: list[str]) -> None:
 class OneLineParser(LightningArgumentParser):
     """Reports an error as one line (InputError), where argparse prints its usage as well."""
 
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().parse_args(*args, **kwargs)
+        except RecursionError as error:
+            raise InputError("an option's value is nested too deep, or holds itself") from error
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         line = " ".join(str(message).split())
         if unknown := re.search(r"(?:unrecognized arguments: --|not accept option ['\"])([\w.]+)", line, re.I):
@@ -102,13 +108,16 @@ class MoECLI(LightningCLI):
 
     def _set_seed(self) -> None:
         seed = self._get(self.config, "seed_everything")
-        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+        if not isinstance(seed, bool) and (seed is None or not 0 <= seed < 2**32):
             raise InputError(f"seed_everything: must be between 0 and 2^32, got {seed}")
         super()._set_seed()
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         # a checkpoint from elsewhere must not run code, so this is no option
         return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+
+    def before_instantiate_classes(self) -> None:
+        require_sections(self.config[self.subcommand])
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--base", type=str | None, help="in a recipe: the recipe that it changes")
@@ -270,6 +279,18 @@ class MoECLI(LightningCLI):
             f"{self.run_dir}: {parameters.total / 1e6:.1f}M parameters, "
             f"about {active / 1e6:.1f}M active per token, {self.trainer.precision} on {device}",
         )
+
+
+def require_sections(options: Any) -> None:
+    """Raise an InputError for a section without options, such as `data:` alone: the parser lets it pass."""
+    for name in ("model", "model.transformer", "model.moe", "model.optim", "data", "checkpoints", "trainer"):
+        section = options
+        for key in name.split("."):
+            section = section[key]
+        if not hasattr(section, "items"):
+            raise InputError(
+                f"{name}: holds no options but {section}: leave it out, or say what in it is to change"
+            )
 
 
 def quiet_lightning() -> None:

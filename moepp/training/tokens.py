@@ -46,6 +46,7 @@ FORMAT = 1  # of the folder; raise it when older folders can no longer be used
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
 TOKENIZER_BYTES = 256_000_000  # the tokenizer learns from at most so much text, drawn evenly from all of it
+MOST_TOKENS = 1 << 20  # of a vocabulary: asked for far more, the tokenizers library takes the process down with it
 BATCH_BYTES = 1 << 21  # text encoded at a time: enough to keep all cores busy, little enough to hold
 
 
@@ -81,6 +82,8 @@ def prepare(
     """
     if vocab_size < 257:
         raise InputError(f"vocab_size must be at least 257 (256 bytes and {END_OF_TEXT}), not {vocab_size}")
+    if vocab_size > MOST_TOKENS:
+        raise InputError(f"vocab_size must be at most {MOST_TOKENS}, not {vocab_size}")
     if not 0 < val_fraction < 1:
         raise InputError(f"val_fraction must lie between 0 and 1, not {val_fraction}")
     source = open_source(path)
@@ -178,9 +181,8 @@ def _write_tokens(
         "tokenizer_sha256": _sha256(tokenizer_json),
         "files": {f"{n}.bin": {"bytes": part.bytes, "sha256": part.sha256} for n, part in parts.items()},
         "domains": domains,
-        # one hash for "trained on the same tokens"
-        "data_hash": _sha256(_sha256(tokenizer_json) + parts["train"].sha256 + parts["val"].sha256),
     }
+    meta["data_hash"] = _data_hash(meta)
     _write(folder / "meta.json", (json.dumps(meta, indent=2, ensure_ascii=False) + "\n").encode())
 
 
@@ -246,9 +248,16 @@ def _hold_out(documents: _Documents, fraction: float) -> np.ndarray:
 # ---- tokenizer ---------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(tokenizer_json: str) -> Tokenizer:
-    """A tokenizer that reads ``<|endoftext|>`` inside a text as text: only :func:`prepare` writes the token."""
-    tokenizer = Tokenizer.from_str(tokenizer_json)
+def load_tokenizer(tokenizer_json: str, name: str = "the tokenizer") -> Tokenizer:
+    """A tokenizer that reads ``<|endoftext|>`` inside a text as text: only :func:`prepare` writes the token.
+
+    Raises:
+        InputError: it is no tokenizer; calls it by `name`.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(tokenizer_json)
+    except Exception as error:  # tokenizers raises Exception itself
+        raise InputError(f"{name} cannot be read, is it damaged? ({error})") from error
     tokenizer.encode_special_tokens = True  # not kept in the JSON
     return tokenizer
 
@@ -365,11 +374,19 @@ class TokenFiles:
                     f"{path}: the token files were made with another tokenizer than tokenizer.json; put the right "
                     "one back, or delete the folder and prepare the text anew"
                 )
+            if meta["data_hash"] != _data_hash(meta):
+                raise ValueError("data_hash is not that of its files")
+            if meta["dtype"] not in ("uint16", "uint32"):
+                raise ValueError(f"dtype is {meta['dtype']}")
             train, val = (np.memmap(path / f"{name}.bin", meta["dtype"], "r") for name in ("train", "val"))
-            return cls(path, meta, tokenizer_json, train, val)
+            _check_counts(meta, len(train), len(val))
+            files = cls(path, meta, tokenizer_json, train, val)
+            if max(files.tokenizer.get_vocab().values(), default=0) >= meta["padded_vocab_size"]:
+                raise ValueError("its tokenizer has more tokens than its vocabulary")
+            return files
         except InputError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
                 f"{path} cannot be read as token files ({type(error).__name__}: {error}): delete the folder and "
                 "prepare the text anew"
@@ -393,7 +410,7 @@ class TokenFiles:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the files were made with."""
-        return load_tokenizer(self.tokenizer_json)
+        return load_tokenizer(self.tokenizer_json, str(self.path / "tokenizer.json"))
 
     @cached_property
     def bytes_per_token(self) -> "torch.Tensor":
@@ -437,6 +454,33 @@ class TokenFiles:
         table.add_section()
         row("all", list(self.meta["domains"].values()))
         return table
+
+
+def _data_hash(meta: dict[str, Any]) -> str:
+    """One hash for "trained on the same tokens"."""
+    files = meta["files"]
+    return _sha256(meta["tokenizer_sha256"] + files["train.bin"]["sha256"] + files["val.bin"]["sha256"])
+
+
+def _check_counts(meta: dict[str, Any], train: int, val: int) -> None:
+    """What is counted in meta.json must add up to the tokens that there are.
+
+    Raises:
+        KeyError, TypeError, ValueError: it does not.
+    """
+    sizes = [meta["vocab_size"], meta["padded_vocab_size"]]
+    tokens = {"train": 1, "val": 1}  # the <|endoftext|> before the first document
+    for name, domain in meta["domains"].items():
+        begin = tokens["val"]
+        for part in ("train", "val"):
+            tokens[part] += domain[part]["tokens"]
+            sizes += [domain[part][key] for key in ("documents", "bytes", "tokens")]
+        if domain["val_range"] != [begin, tokens["val"]]:
+            raise ValueError(f"val_range of {name} is {domain['val_range']}")
+    if any(type(size) is not int or size < 0 for size in sizes):
+        raise ValueError("a count is no whole number")
+    if tokens != {"train": train, "val": val} or min(train, val) < 2:
+        raise ValueError(f"its domains have {tokens} tokens, its files {train} and {val}")
 
 
 # ---- small things ------------------------------------------------------------------------------------------

@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from zipfile import ZipFile
 
-import yaml
-
 from moepp.model.errors import InputError
+from moepp.training.yaml_file import read_yaml
 
 T = TypeVar("T")
 
@@ -94,17 +93,14 @@ def read_list(path: Path) -> list[Domain]:
     Raises:
         InputError: the list is no YAML, or an entry lacks something; names the entry.
     """
-    try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+    entries = read_yaml(path)
     if not isinstance(entries, dict) or not entries:
         raise InputError(f"{path} lists no domains: give it entries like those of data/corpus.yaml")
     return [_domain(path, str(name), entry) for name, entry in entries.items()]
 
 
 def _domain(path: Path, name: str, entry: Any) -> Domain:
-    reader = entry.get("reader") if isinstance(entry, dict) else None
+    reader = str(entry.get("reader")) if isinstance(entry, dict) else ""
     if reader != "stdlib" and reader not in READERS:
         raise InputError(f"{path}: {name}.reader must be one of stdlib, {', '.join(READERS)}, not {reader!r}")
     cap = entry.get("cap")

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -49,6 +51,24 @@ def test_top_p_draws_from_the_nucleus_alone() -> None:
     assert drawn(0.79) == {0, 1}
     assert drawn(0.81) == {0, 1, 2}
     assert drawn(1.0) == {0, 1, 2, 3}
+
+
+def test_a_temperature_that_float32_rounds_to_0_is_0() -> None:
+    logits = torch.tensor([1.0, 3.0, 2.0])
+    assert sample(logits, 1e-46, 0.95, torch.Generator()) == 1
+
+
+def test_output_that_is_not_finite_is_no_text(model: Transformer) -> None:
+    damaged = copy.deepcopy(model)
+    torch.nn.init.constant_(damaged.norm.weight, float("nan"))
+    for temperature in (0.0, 0.8):
+        with pytest.raises(InputError, match="the model's output is not finite"):
+            generate(damaged, torch.tensor([3, 1]), 1, temperature)
+
+
+def test_prompt_of_another_vocabulary(model: Transformer) -> None:
+    with pytest.raises(InputError, match="prompt: must be of tokens below vocab_size=.*, got 999999"):
+        generate(model, torch.tensor([3, 999_999]), 1)
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,18 @@ def test_capacity_drops_contribute_nothing_and_evaluation_is_dropless() -> None:
     assert not y.eq(0).all(-1).any()
 
 
+def test_equal_logits_have_no_spread_to_divide_by() -> None:
+    """`logits_norm_std` divides by their standard deviation, which a router of zeros makes 0."""
+    layer = MoELayer(8, 16, MoEConfig(logits_norm_std=1.0))
+    torch.nn.init.zeros_(layer.router.weights[0])
+    x = torch.randn(4, 8)
+    y, routing = layer(x)
+    y.sum().backward()
+    assert y.isfinite().all()
+    torch.testing.assert_close(routing.probs, torch.full((4, 12), 1 / 12))
+    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
+
+
 def test_vanilla_is_mixtral() -> None:
     """With the switches off: softmax, top-2, renormalised, sum of FFN experts."""
     moe = MoEConfig(n_ffn=4, n_zero=0, n_copy=0, n_const=0, gating_residual=False)

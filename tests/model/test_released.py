@@ -81,9 +81,23 @@ def test_bin_files_cannot_run_code(tmp_path: Path) -> None:
         load_released(tmp_path)
 
 
+def test_bin_files_hold_tensors(tmp_path: Path) -> None:
+    shutil.copy(REFERENCE / FOLDERS[0] / "config.json", tmp_path)
+    tensors = load_file(REFERENCE / FOLDERS[0] / "model.safetensors")
+    torch.save(tensors | {"model.norm.weight": 3}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"model.norm.weight and its like do not make one norm.weight"):
+        load_released(tmp_path)
+
+
 def damage_config(folder: Path, **changes: object) -> None:
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def damage_tensor(folder: Path, value: torch.Tensor) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.moe.experts.experts.2.down_proj.weight"] = value
+    save_file(tensors, folder / "model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -98,6 +112,14 @@ def damage_config(folder: Path, **changes: object) -> None:
         (lambda f: (f / "model.safetensors").unlink(), "has neither"),
         (lambda f: (f / "model.safetensors").write_bytes(b"garbage"), "cannot be read"),
         (lambda f: save_file({"x": torch.ones(1)}, f / "model.safetensors"), "has no tensor"),
+        (lambda f: damage_config(f, num_hidden_layers=1.5), "transformer.n_layers: must be a whole number"),
+        (lambda f: damage_config(f, intermediate_size=10**30), "transformer.intermediate_size: must lie between"),
+        (lambda f: damage_config(f, max_position_embeddings=10**9), "a model of these sizes needs"),
+        (lambda f: damage_config(f, rms_norm_eps="1e-5"), "transformer.norm_eps: must be a number"),
+        (lambda f: (f / "config.json").write_text("[" * 10**5), "is not a released MoE\\+\\+ config"),
+        (lambda f: damage_tensor(f, torch.ones(3, 4)), "down_proj.weight and its like do not make one"),
+        (lambda f: damage_tensor(f, torch.tensor(1.0)), "down_proj.weight and its like do not make one"),
+        (lambda f: damage_tensor(f, torch.full((32, 48), float("nan"))), "values that are not finite"),
     ],
 )
 def test_damaged_folders(tmp_path: Path, damage, message: str) -> None:

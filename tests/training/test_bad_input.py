@@ -51,12 +51,18 @@ def snapshot() -> dict[str, bytes]:
         ("--data.path=nowhere.txt", "nowhere.txt"),
         ("--data.path=", "data.path is empty"),
         ("--seed_everything=-1", "seed_everything: must be between 0 and 2^32, got -1"),
-        ("--model.moe.tau=.inf", "moe.tau: must be positive, got inf"),
+        ("--model.moe.tau=.inf", "moe.tau: must lie between -1e9 and 1e9, got inf"),
         ("--trainer.max_steps=-1", "trainer.max_steps: say when to stop"),
         ("--trainer.accelerator=gpu", "trainer: "),
         ("--trainer.devices=0", "trainer: "),
         ("--trainer.strategy=foo", "foo"),
         ("--data.out_root=/proc/nowhere", "/proc/nowhere"),
+        ("--model.moe.balance_weight=.inf", "moe.balance_weight: must lie between -1e9 and 1e9, got inf"),
+        ("--model.transformer.hidden_size=1000000", "a model of these sizes needs"),
+        ("--data.vocab_size=1000000000000", "vocab_size: must lie between"),
+        ("--data.num_workers=1000000", "data.num_workers must be at most 1024"),
+        ("--data.seed=9223372036854775808", "data.seed must be at most"),
+        ("--data.path=\udcff.txt", "is not UTF-8"),
     ],
 )
 def test_options(text_file: Path, workdir: Path, capsys, option: str, message: str) -> None:
@@ -70,6 +76,15 @@ def test_recipes(text_file: Path, workdir: Path, capsys) -> None:
         "base: nowhere.yaml": "nowhere.yaml does not exist",
         "base: bad.yaml": "go round in a circle",
         f"base: ../{Path.cwd().name}/bad.yaml": "go round in a circle",
+        "trainer:\ndata: {seed: 1}": "trainer: holds no options but None",
+        "model: {optim: false}": "model.optim: holds no options but False",
+        "seed_everything: null": "seed_everything: must be between 0 and 2^32, got None",
+        "model: {optim: '&a {b: *a}'}": "nested too deep, or holds itself",
+        "a: &a [*a]": "bad.yaml: is not YAML: Circular reference",
+        "a: 2020-13-45": "bad.yaml: is not YAML: month must be in 1..12",
+        "a: !!int x": "bad.yaml: is not YAML: invalid literal",
+        "[" * 5000: "bad.yaml: is not YAML: maximum recursion depth",
+        'base: "\\0.yaml"': ".yaml does not exist",
         "data: {seq_len: '${model.transformer.width}'}": "width",
     }.items():
         Path("bad.yaml").write_text(text)
@@ -102,6 +117,11 @@ def test_token_files(text_file: Path, workdir: Path, capsys) -> None:
     tokenizer["model"]["merges"].pop()
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert "another tokenizer" in refused(capsys, "fit", *tiny(text_file), "--data.path=other")
+    outside = damaged("outside")
+    data = bytearray((whole / "train.bin").read_bytes())
+    data[::2], data[1::2] = [255] * (len(data) // 2), [255] * (len(data) // 2)
+    (outside / "train.bin").write_bytes(data)
+    assert "holds token 65535" in refused(capsys, "fit", *tiny(text_file), "--data.path=outside")
     assert "data.vocab_size" in refused(
         capsys, "fit", *tiny(text_file), f"--data.path={whole}", "--data.vocab_size=512"
     )
@@ -126,6 +146,7 @@ def test_checkpoints(text_file: Path, workdir: Path, capsys) -> None:
         assert name in refused(capsys, "fit", *tiny(text_file), f"--ckpt_path={name}")
     assert "32" in refused(capsys, "generate", "--ckpt", good, "--max_new_tokens=40")
     assert "temperature" in refused(capsys, "generate", "--ckpt", good, "--temperature=-1")
+    assert "not UTF-8" in refused(capsys, "generate", "--ckpt", good, "--prompt=\udcff")
     assert "seed" in refused(capsys, "generate", "--ckpt", good, f"--seed={2**64}")
     weights = torch.load(good, weights_only=True)
     del weights["optimizer_states"]

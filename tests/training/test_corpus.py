@@ -310,6 +310,7 @@ def test_cap_takes_from_everywhere(tmp_path: Path) -> None:
     ("more", "parts"),
     [
         ({"reader": "pdf"}, ["talk.reader", "'pdf'", "sotu"]),
+        ({"reader": ["sotu"]}, ["talk.reader", "['sotu']"]),
         ({"sha256": None}, ["talk.sha256 is missing"]),
         ({"cap": "10 MB"}, ["talk.cap", "10 MB"]),
     ],
@@ -321,7 +322,7 @@ def test_bad_list(tmp_path: Path, more: dict[str, object], parts: list[str]) -> 
     (tmp_path / "list.yaml").write_text("a: [1,\nb: 2")
     with pytest.raises(InputError) as error:
         open_source(str(tmp_path / "list.yaml"))
-    one_line(error, "no valid YAML")
+    one_line(error, "is not YAML")
 
 
 def read(reader: str, files: dict[str, str | bytes]) -> list[str]:

@@ -314,6 +314,9 @@ def test_resume_after_a_crash_inside_a_step(folder: str, tmp_path: Path) -> None
         ("val_fraction", 0.0),
         ("val_fraction", 1.0),
         ("num_workers", -1),
+        ("num_workers", 10**6),
+        ("seed", 2**63),
+        ("vocab_size", 10**12),
     ],
 )
 def test_impossible_arguments(folder: str, key: str, value: float) -> None:
@@ -346,6 +349,17 @@ def test_truncated_token_file(folder: str, tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         opened(str(copy))
     one_line(error, "val.bin", "cut off")
+
+
+def test_tokens_outside_the_vocabulary_are_refused_before_the_model_sees_them(folder: str, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    for name in ("train.bin", "val.bin"):
+        ids = np.fromfile(copy / name, np.uint16)
+        ids[len(ids) // 2] = 999
+        ids.tofile(copy / name)
+    with pytest.raises(InputError) as error:
+        run(module(str(copy)), 9, tmp_path / "run")
+    one_line(error, f"{copy} is damaged: it holds token 999, and its vocabulary ends at 319")
 
 
 def test_text_is_prepared_at_first_use(tmp_path: Path) -> None:

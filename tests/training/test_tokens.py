@@ -245,6 +245,7 @@ def test_two_at_once(tmp_path: Path) -> None:
     ("text", "options", "parts"),
     [
         ({"a": 5}, {"vocab_size": 256}, ["vocab_size must be at least 257"]),
+        ({"a": 5}, {"vocab_size": 10**12}, ["vocab_size must be at most 1048576"]),  # ended the process
         ({"a": 5}, {"val_fraction": 0.0}, ["val_fraction"]),
         ({"a": 5}, {"val_fraction": 1.0}, ["val_fraction"]),
         ({"a": 1, "b": 1}, {}, ["2 document(s)", "held out"]),
@@ -280,9 +281,38 @@ def other_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(text.replace("<|endoftext|>", "<|end_of_text|>"))
 
 
+def change_meta(*keys: str, value: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        meta = entry = json.loads((folder / "meta.json").read_text())
+        for key in keys[:-1]:
+            entry = entry[key]
+        entry[keys[-1]] = value
+        (folder / "meta.json").write_text(json.dumps(meta))
+
+    return change
+
+
+def no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["tokenizer_sha256"] = tokens._sha256("{}")
+    meta["data_hash"] = tokens._data_hash(meta)
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
 @pytest.mark.parametrize(
     ("damage", "parts"),
     [
+        (change_meta("dtype", value="float16"), ["dtype is float16"]),
+        (change_meta("vocab_size", value="300"), ["a count is no whole number"]),
+        (change_meta("padded_vocab_size", value=64), ["more tokens than its vocabulary"]),
+        (change_meta("data_hash", value=None), ["data_hash is not that of its files"]),
+        (change_meta("domains", value={}), ["its domains have"]),
+        (change_meta("domains", "a", "val_range", value=[1, 10**6]), ["val_range of a is [1, 1000000]"]),
+        (change_meta("domains", "b", "train", "bytes", value=None), ["a count is no whole number"]),
+        (change_meta("domains", "b", "train", "tokens", value=7), ["its domains have"]),
+        (lambda f: (f / "meta.json").write_text("[" * 10**5), ["RecursionError"]),
+        (no_tokenizer, ["tokenizer.json cannot be read, is it damaged?"]),
         (cut, ["train.bin is 100 bytes, not", "delete the folder"]),
         (other_tokenizer, ["another tokenizer than tokenizer.json"]),
         (lambda f: (f / "val.bin").unlink(), ["cannot be read as token files", "val.bin"]),
