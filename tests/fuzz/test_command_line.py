@@ -158,13 +158,13 @@ OPTION = st.builds(
 )
 
 
-@cases(200, options=st.lists(OPTION, min_size=1, max_size=2))
+@cases(100, options=st.lists(OPTION, min_size=1, max_size=2))
 def test_options(home: Path, without_training: None, options: list[list[str]]) -> None:
     works_or_one_line("fit", "--config=recipe.yaml", *(word for option in options for word in option))
 
 
 @cases(
-    60,
+    30,
     verb=st.sampled_from(["validate", "prepare", "generate", "import", "export", "ablate"]),
     options=st.lists(OPTION, max_size=2),
 )
@@ -179,7 +179,7 @@ RECIPE_VALUES = JUNK | st.sampled_from(NASTY)
 
 
 @cases(
-    130, edits=st.lists(tree_edit(RECIPE_VALUES), min_size=1, max_size=3), base=st.none() | st.sampled_from(BASES)
+    65, edits=st.lists(tree_edit(RECIPE_VALUES), min_size=1, max_size=3), base=st.none() | st.sampled_from(BASES)
 )
 def test_recipes(home: Path, without_training: None, edits: list[TreeEdit], base: str | None) -> None:
     recipe: Any = copy.deepcopy(RECIPE) | {"base": base}
@@ -196,7 +196,7 @@ FRAGMENTS = [
 ]
 
 
-@cases(100, edits=st.lists(EDIT, max_size=2), line=st.none() | st.sampled_from(FRAGMENTS), at=st.integers(0, 30))
+@cases(50, edits=st.lists(EDIT, max_size=2), line=st.none() | st.sampled_from(FRAGMENTS), at=st.integers(0, 30))
 def test_recipe_bytes(home: Path, without_training: None, edits: list[Edit], line: bytes | None, at: int) -> None:
     text = yaml.safe_dump(RECIPE).encode()
     if line is not None:
@@ -225,7 +225,7 @@ MATRIX = {
 
 
 @cases(
-    100,
+    50,
     edits=st.lists(tree_edit(), min_size=1, max_size=2),
     quick=st.booleans(),
     damage=st.none() | st.none() | EDIT,

@@ -58,7 +58,7 @@ def use(folder: Path) -> None:
             assert batch["domain"].max() < len(data.files.domains)
 
 
-@cases(250, edit=tree_edit())
+@cases(125, edit=tree_edit())
 def test_meta(home: Path, edit: TreeEdit) -> None:
     meta = json.loads(Path("whole/meta.json").read_text())
     folder = damaged("meta.json", json.dumps(edit(meta)).encode())
@@ -67,12 +67,12 @@ def test_meta(home: Path, edit: TreeEdit) -> None:
     assert digests() == before
 
 
-@cases(100, edit=EDIT)
+@cases(50, edit=EDIT)
 def test_meta_bytes(home: Path, edit: Edit) -> None:
     refused(lambda: use(damaged("meta.json", edit(Path("whole/meta.json").read_bytes()))))
 
 
-@cases(150, edit=EDIT, name=st.sampled_from(["train.bin", "val.bin"]), said=st.booleans())
+@cases(75, edit=EDIT, name=st.sampled_from(["train.bin", "val.bin"]), said=st.booleans())
 def test_tokens(home: Path, edit: Edit, name: str, said: bool) -> None:
     """Damaged tokens, with their new length in meta.json or not."""
     data = edit(Path("whole", name).read_bytes())
@@ -94,18 +94,18 @@ def with_tokenizer(text: bytes) -> Path:
     return folder
 
 
-@cases(150, edit=tree_edit())
+@cases(75, edit=tree_edit())
 def test_tokenizer(home: Path, edit: TreeEdit) -> None:
     tokenizer = json.loads(Path("whole/tokenizer.json").read_text())
     refused(lambda: use(with_tokenizer(json.dumps(edit(tokenizer)).encode())))
 
 
-@cases(100, edit=EDIT)
+@cases(50, edit=EDIT)
 def test_tokenizer_bytes(home: Path, edit: Edit) -> None:
     refused(lambda: use(with_tokenizer(edit(Path("whole/tokenizer.json").read_bytes()))))
 
 
-@cases(60, edit=tree_edit())
+@cases(30, edit=tree_edit())
 def test_imported_tokenizer(home: Path, edit: TreeEdit) -> None:
     """Of another model, damaged: what it imports can also write text."""
     tokenizer = json.loads(Path("whole/tokenizer.json").read_text())
@@ -120,7 +120,7 @@ DOCUMENTS = TEXT.encode(), json.dumps({"text": TEXT[:3000]}).encode() + b"\n" + 
 
 
 @cases(
-    200,
+    100,
     kind=st.sampled_from([".txt", ".md", ".jsonl"]),
     packed=st.sampled_from(list(PACK)),
     content=st.sampled_from(DOCUMENTS) | st.binary(max_size=300) | st.text(max_size=100).map(str.encode),
@@ -142,7 +142,7 @@ CORPUS = {
 }
 
 
-@cases(100, edit=tree_edit(), more=st.none() | EDIT)
+@cases(50, edit=tree_edit(), more=st.none() | EDIT)
 def test_corpus_list(home: Path, edit: TreeEdit, more: Edit | None) -> None:
     text = json.dumps(edit(CORPUS)).encode()  # which is YAML as well
     Path("corpus.yaml").write_bytes(more(text) if more else text)

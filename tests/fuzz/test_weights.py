@@ -64,7 +64,7 @@ def use(path: str) -> None:
     assert digests() == before
 
 
-@cases(250, edits=st.lists(EDIT, min_size=1, max_size=3))
+@cases(125, edits=st.lists(EDIT, min_size=1, max_size=3))
 def test_checkpoint_bytes(home: Path, edits: list[Edit]) -> None:
     data = Path("whole.ckpt").read_bytes()
     for edit in edits:
@@ -88,7 +88,7 @@ TENSORS = st.sampled_from(
 
 
 @cases(
-    250,
+    125,
     edits=st.lists(tree_edit(JUNK | TENSORS), min_size=1, max_size=2),
     part=st.sampled_from(["", "moepp", "state_dict"]),
 )
@@ -105,7 +105,7 @@ def test_checkpoint_content(home: Path, edits: list[TreeEdit], part: str) -> Non
     use("any.ckpt")
 
 
-@cases(60, edit=tree_edit(JUNK | TENSORS), verb=st.sampled_from(["generate", "export out", "fit"]))
+@cases(30, edit=tree_edit(JUNK | TENSORS), verb=st.sampled_from(["generate", "export out", "fit"]))
 def test_checkpoint_on_the_command_line(home: Path, text_file: Path, edit: TreeEdit, verb: str) -> None:
     checkpoint = read_checkpoint("whole.ckpt")
     torch.save(edit({key: checkpoint[key] for key in ("moepp", "state_dict")}), "any.ckpt")
@@ -155,7 +155,7 @@ FOREIGN = st.one_of(
 )
 
 
-@cases(150, content=FOREIGN)
+@cases(75, content=FOREIGN)
 def test_foreign_files(home: Path, content: bytes) -> None:
     Path("any.ckpt").write_bytes(content)
     use("any.ckpt")
@@ -181,17 +181,17 @@ def released(config: bytes, weights: bytes) -> None:
 CONFIG, WEIGHTS = (REFERENCE / "config.json").read_bytes(), (REFERENCE / "model.safetensors").read_bytes()
 
 
-@cases(250, edit=tree_edit())
+@cases(125, edit=tree_edit())
 def test_released_config(home: Path, edit: TreeEdit) -> None:
     released(json.dumps(edit(json.loads(CONFIG))).encode(), WEIGHTS)
 
 
-@cases(100, edit=EDIT)
+@cases(50, edit=EDIT)
 def test_released_config_bytes(home: Path, edit: Edit) -> None:
     released(edit(CONFIG), WEIGHTS)
 
 
-@cases(150, edit=EDIT)
+@cases(75, edit=EDIT)
 def test_released_weights_bytes(home: Path, edit: Edit) -> None:
     released(CONFIG, edit(WEIGHTS))
 
@@ -209,7 +209,7 @@ CHANGES = {
 }
 
 
-@cases(150, change=st.sampled_from(list(CHANGES)), at=POSITION)
+@cases(75, change=st.sampled_from(list(CHANGES)), at=POSITION)
 def test_released_tensors(home: Path, change: str, at: float) -> None:
     tensors = load_file(REFERENCE / "model.safetensors")
     name = sorted(tensors)[int(at * len(tensors))]
@@ -218,7 +218,7 @@ def test_released_tensors(home: Path, change: str, at: float) -> None:
     released(CONFIG, Path("changed.safetensors").read_bytes())
 
 
-@cases(150, edit=tree_edit(JUNK | TENSORS))
+@cases(75, edit=tree_edit(JUNK | TENSORS))
 def test_released_pickles(home: Path, edit: TreeEdit) -> None:
     Path("released/config.json").write_bytes(CONFIG)
     torch.save(edit(load_file(REFERENCE / "model.safetensors")), "released/pytorch_model.bin")
@@ -226,7 +226,7 @@ def test_released_pickles(home: Path, edit: TreeEdit) -> None:
     Path("released/pytorch_model.bin").unlink()
 
 
-@cases(20, edit=tree_edit())
+@cases(12, edit=tree_edit())
 def test_import(home: Path, edit: TreeEdit) -> None:
     Path("released/config.json").write_text(json.dumps(edit(json.loads(CONFIG))))
     Path("released/model.safetensors").write_bytes(WEIGHTS)
