@@ -182,7 +182,7 @@ def _write_tokens(
         "files": {f"{n}.bin": {"bytes": part.bytes, "sha256": part.sha256} for n, part in parts.items()},
         "domains": domains,
     }
-    meta["data_hash"] = _data_hash(meta)
+    meta["data_hash"] = data_hash(meta)
     _write(folder / "meta.json", (json.dumps(meta, indent=2, ensure_ascii=False) + "\n").encode())
 
 
@@ -374,7 +374,7 @@ class TokenFiles:
                     f"{path}: the token files were made with another tokenizer than tokenizer.json; put the right "
                     "one back, or delete the folder and prepare the text anew"
                 )
-            if meta["data_hash"] != _data_hash(meta):
+            if meta["data_hash"] != data_hash(meta):
                 raise ValueError("data_hash is not that of its files")
             if meta["dtype"] not in ("uint16", "uint32"):
                 raise ValueError(f"dtype is {meta['dtype']}")
@@ -456,7 +456,7 @@ class TokenFiles:
         return table
 
 
-def _data_hash(meta: dict[str, Any]) -> str:
+def data_hash(meta: dict[str, Any]) -> str:
     """One hash for "trained on the same tokens"."""
     files = meta["files"]
     return _sha256(meta["tokenizer_sha256"] + files["train.bin"]["sha256"] + files["val.bin"]["sha256"])

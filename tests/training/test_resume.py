@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from moepp.cli import main
 from moepp.training.checkpoint import last_checkpoint, read_checkpoint, step_of, step_path
 from moepp.training.module import LitMoE
+from moepp.training.tokens import data_hash
 from tests.conftest import RECIPES, read_csv, tiny
 
 
@@ -57,15 +58,18 @@ def test_another_text_is_refused_unless_it_is_meant(text_file: Path, workdir: Pa
     prepared = next(Path("data/prepared").glob("small-*"))
     other = Path(shutil.copytree(prepared, "other"))
     meta = json.loads((other / "meta.json").read_text())
-    (other / "meta.json").write_text(json.dumps(meta | {"data_hash": "0123456789abcdef"}))
+    before = meta["data_hash"]
+    meta["files"]["train.bin"]["sha256"] = 64 * "0"
+    meta["data_hash"] = data_hash(meta)
+    (other / "meta.json").write_text(json.dumps(meta))
     options += ["--data.path=other", "--trainer.max_steps=4", "--ckpt_path=last"]
     assert main(["fit", *options]) == 2
     message = capsys.readouterr().err
     assert "other (" in message
-    assert "hash 01234567) is not what the checkpoint was trained on, " in message
-    assert f"hash {meta['data_hash'][:8]}" in message
+    assert f"hash {meta['data_hash'][:8]}) is not what the checkpoint was trained on, " in message
+    assert f"hash {before[:8]})" in message
     assert main(["fit", *options, "--data.allow_other_text=true"]) == 0
-    assert read_checkpoint(step_path(Path("runs/moepp/1"), 4))["moepp"]["data_hash"] == "0123456789abcdef"
+    assert read_checkpoint(step_path(Path("runs/moepp/1"), 4))["moepp"]["data_hash"] == meta["data_hash"]
 
 
 def test_tensorboard_forgets_what_a_resumed_run_logs_again(

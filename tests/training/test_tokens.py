@@ -296,7 +296,7 @@ def no_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     meta = json.loads((folder / "meta.json").read_text())
     meta["tokenizer_sha256"] = tokens._sha256("{}")
-    meta["data_hash"] = tokens._data_hash(meta)
+    meta["data_hash"] = tokens.data_hash(meta)
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
