@@ -62,6 +62,8 @@ class TokenDataModule(L.LightningDataModule):
             "num_workers": (num_workers, 0, 1024),  # each is a process
         }
         for name, (value, least, most) in ranges.items():
+            if type(value) is not int:  # what ${…} in a recipe stands for has not been through the parser
+                raise InputError(f"data.{name} must be a whole number, not {value!r}")
             if value < least:
                 raise InputError(f"data.{name} must be at least {least}, not {value}")
             if value > most:

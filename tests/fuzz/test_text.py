@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from moepp.cli import main
 from moepp.training.corpus import open_source
 from moepp.training.data import TokenDataModule
-from moepp.training.tokens import _data_hash
+from moepp.training.tokens import data_hash
 from tests.fuzz.harness import EDIT, Edit, TreeEdit, cases, digests, refused, tree_edit, works_or_one_line
 
 SEQ_LEN, VOCABULARY = 32, 320
@@ -89,7 +89,7 @@ def with_tokenizer(text: bytes) -> Path:
     folder = damaged("tokenizer.json", text)
     meta = json.loads((folder / "meta.json").read_text())
     meta["tokenizer_sha256"] = hashlib.sha256(text).hexdigest()
-    meta["data_hash"] = _data_hash(meta)
+    meta["data_hash"] = data_hash(meta)
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 

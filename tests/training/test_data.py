@@ -317,9 +317,10 @@ def test_resume_after_a_crash_inside_a_step(folder: str, tmp_path: Path) -> None
         ("num_workers", 10**6),
         ("seed", 2**63),
         ("vocab_size", 10**12),
+        ("seq_len", None),  # what ${model.transformer.context_length} is, where a recipe leaves it empty
     ],
 )
-def test_impossible_arguments(folder: str, key: str, value: float) -> None:
+def test_impossible_arguments(folder: str, key: str, value: float | None) -> None:
     with pytest.raises(InputError) as error:
         module(folder, **{key: value})
     one_line(error, f"data.{key} must", f"not {value}")
