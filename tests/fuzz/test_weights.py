@@ -36,13 +36,20 @@ from tests.fuzz.harness import (
 REFERENCE = Path(__file__).parents[1] / "model/reference/released_linear_gate"
 
 
+def smallest(text: Path) -> list[str]:
+    """Options of a run of one step, whose checkpoint is small enough to be copied hundreds of times."""
+    sizes = {"n_layers": 1, "hidden_size": 16, "intermediate_size": 8, "context_length": 16}
+    options = [f"--model.transformer.{name}={size}" for name, size in sizes.items()]
+    return [*tiny(text), *options, "--model.moe.n_ffn=2", "--trainer.max_steps=1", "--trainer.limit_val_batches=1"]
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Iterator[Path]:
     """The current directory, with whole.ckpt of a training run, and a released folder to spoil."""
     folder = tmp_path_factory.mktemp("weights")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert main(["fit", *tiny(text_file), "--trainer.max_steps=1", "--trainer.default_root_dir=run"]) == 0
+        assert main(["fit", *smallest(text_file), "--trainer.default_root_dir=run"]) == 0
         Path("run/checkpoints/step-00000001.ckpt").rename("whole.ckpt")
         shutil.rmtree("run")
         Path("released").mkdir()
@@ -78,11 +85,11 @@ TENSORS = st.sampled_from(
         torch.zeros(0),
         torch.zeros(3),
         torch.zeros(2, 2, dtype=torch.int64),
-        torch.full((320, 32), float("nan")),
-        torch.full((320, 32), 3e38),
-        torch.zeros(320, 32, dtype=torch.complex64),
-        torch.zeros(320, 32).to_sparse(),
-        torch.zeros(320, 32, device="meta"),
+        torch.full((320, 16), float("nan")),
+        torch.full((320, 16), 3e38),
+        torch.zeros(320, 16, dtype=torch.complex64),
+        torch.zeros(320, 16).to_sparse(),
+        torch.zeros(320, 16, device="meta"),
     ]
 )
 
@@ -113,9 +120,27 @@ def test_checkpoint_on_the_command_line(home: Path, text_file: Path, edit: TreeE
     if verb == "generate":
         words.append("--max_new_tokens=2")
     if verb == "fit":
-        words = ["fit", *tiny(text_file), "--ckpt_path=any.ckpt"]
+        words = ["fit", *smallest(text_file), "--ckpt_path=any.ckpt"]
     works_or_one_line(*words)
     shutil.rmtree("out", ignore_errors=True)
+
+
+@pytest.mark.skip(
+    reason="damage has its checksum wrong; what was put together by hand can still end in a traceback"
+)
+@cases(
+    20, edit=tree_edit(JUNK | TENSORS), part=st.sampled_from([None, "optimizer_states", "lr_schedulers", "loops"])
+)
+def test_resume(home: Path, text_file: Path, edit: TreeEdit, part: str | None) -> None:
+    """A checkpoint to go on from, of any content."""
+    checkpoint = dict(read_checkpoint("whole.ckpt"))
+    if part is None:
+        checkpoint = edit(checkpoint)
+    else:
+        checkpoint[part] = edit(checkpoint[part])
+    torch.save(checkpoint, "any.ckpt")
+    works_or_one_line("fit", *smallest(text_file), "--ckpt_path=any.ckpt", "--trainer.max_steps=2")
+    shutil.rmtree("runs", ignore_errors=True)
 
 
 class Harm:
@@ -201,7 +226,7 @@ CHANGES = {
     "huge": lambda value: value * 1e38,
     "half": lambda value: value.half(),
     "int": lambda value: value.long(),
-    "turned": lambda value: value.T.contiguous(),
+    "turned": lambda value: value.movedim(0, -1).contiguous(),
     "cut": lambda value: value[1:].contiguous(),
     "flat": lambda value: value.flatten(),
     "number": lambda value: value.flatten()[0],
