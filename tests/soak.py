@@ -168,7 +168,7 @@ def main() -> int:
     for n, trial in enumerate(trials, 1):
         start = "from the start" if trial.resumed is None else f"from step {trial.resumed}"
         table.add_row(str(n), trial.killed, start, *("equal" if ok else "DIFFER" for ok in trial.equal.values()))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
     good = sum(all(trial.equal.values()) for trial in trials)
     print(f"{good} of {len(trials)} equal")
     return 0 if good == len(trials) else 1

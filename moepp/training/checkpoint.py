@@ -94,11 +94,12 @@ def load_model(path: str | Path) -> tuple[Transformer, Tokenizer | None]:
         model = Transformer(TransformerConfig(**meta["transformer"]), MoEConfig(**meta["moe"]))
         state = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
         model.load_state_dict({name: state[name] for name in model.state_dict()})
-        tokenizer = load_tokenizer(meta["tokenizer"]) if meta["tokenizer"] else None
+        tokenizer = load_tokenizer(meta["tokenizer"], f"{path}: its tokenizer") if meta["tokenizer"] else None
     except InputError:
         raise
-    except Exception as error:  # tokenizers raises Exception itself
-        raise InputError(f"{path}: its weights do not fit its config ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # of a wrong content each part raises its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path}: its weights do not fit its config ({reason})") from error
     return model.eval(), tokenizer
 
 

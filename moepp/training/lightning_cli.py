@@ -224,7 +224,7 @@ class MoECLI(LightningCLI):
         try:
             model.config_text = self.save_config()
             self.announce(model)
-            self.trainer.fit(model, datamodule=datamodule, **kwargs)
+            self.train(model, datamodule, **kwargs)
             if self.trainer.state.finished and not config["fast_dev_run"]:
                 if self.checkpoints is not None:
                     self.checkpoints.save(self.trainer)
@@ -235,6 +235,22 @@ class MoECLI(LightningCLI):
             raise
         finally:
             os.environ.pop(RUN_DIR, None)
+
+    def train(self, model: LitMoE, datamodule: TokenDataModule, **kwargs: Any) -> None:
+        """Lightning restores what a checkpoint holds part by part, and each fails in its own way on a wrong one.
+
+        Raises:
+            InputError: the checkpoint holds what no run of ours has written.
+        """
+        try:
+            self.trainer.fit(model, datamodule=datamodule, **kwargs)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, InputError) or kwargs.get("ckpt_path") is None or model.training_begun:
+                raise
+            raise InputError(
+                f"{kwargs['ckpt_path']}: cannot be continued, what it holds is not a run's state "
+                f"({type(error).__name__}: {error})"
+            ) from error
 
     def validate(self, **kwargs: Any) -> None:
         self.evaluate(self.trainer.validate, **kwargs)

@@ -94,6 +94,7 @@ class LitMoE(L.LightningModule):
                 block.compile()
         self.gradient_norm = torch.tensor(float("nan"))
         self.config_text = ""  # every option of the run, for its checkpoints
+        self.training_begun = False  # all that a checkpoint holds has been restored
         self.bad_step = torch.zeros(())  # 1: the last optimizer step was skipped
 
     def setup(self, stage: str) -> None:
@@ -202,6 +203,7 @@ class LitMoE(L.LightningModule):
 
     def on_train_start(self) -> None:
         """The optimizer's state is a checkpoint's, its settings are what the options say now."""
+        self.training_begun = True
         groups = self.trainer.optimizers[0].param_groups
         schedule: Any = self.trainer.lr_scheduler_configs[0].scheduler
         schedule.base_lrs = [self.optim.lr] * len(groups)
