@@ -245,7 +245,8 @@ class MoECLI(LightningCLI):
         try:
             self.trainer.fit(model, datamodule=datamodule, **kwargs)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, InputError) or kwargs.get("ckpt_path") is None or model.training_begun:
+            ours = isinstance(error, InputError | torch.OutOfMemoryError) or model.training_begun
+            if ours or kwargs.get("ckpt_path") is None:
                 raise
             raise InputError(
                 f"{kwargs['ckpt_path']}: cannot be continued, what it holds is not a run's state "

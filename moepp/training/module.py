@@ -94,7 +94,7 @@ class LitMoE(L.LightningModule):
                 block.compile()
         self.gradient_norm = torch.tensor(float("nan"))
         self.config_text = ""  # every option of the run, for its checkpoints
-        self.training_begun = False  # all that a checkpoint holds has been restored
+        self.training_begun = False  # a first step has been taken with what a checkpoint held
         self.bad_step = torch.zeros(())  # 1: the last optimizer step was skipped
 
     def setup(self, stage: str) -> None:
@@ -203,7 +203,6 @@ class LitMoE(L.LightningModule):
 
     def on_train_start(self) -> None:
         """The optimizer's state is a checkpoint's, its settings are what the options say now."""
-        self.training_begun = True
         groups = self.trainer.optimizers[0].param_groups
         schedule: Any = self.trainer.lr_scheduler_configs[0].scheduler
         schedule.base_lrs = [self.optim.lr] * len(groups)
@@ -211,6 +210,9 @@ class LitMoE(L.LightningModule):
         for group, decay in zip(groups, (self.optim.weight_decay, 0.0), strict=True):
             group |= {"initial_lr": self.optim.lr, "lr": lr, "weight_decay": decay}
             group |= {"betas": self.optim.betas, "eps": self.optim.eps}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.training_begun = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         tokens = self.trainer.datamodule.files  # type: ignore[attr-defined]
