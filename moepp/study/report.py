@@ -133,9 +133,10 @@ def add_speed(matrix: Matrix, rows: list[Row], out: Path) -> None:
     """Time a trained model of each variant against the reference's; that against itself shows the noise."""
     trained = {}
     for row in rows:
-        with_weights = [r.run for _, r in sorted(row.results.items()) if last_checkpoint(r.run.folder)]
-        if with_weights:
-            trained[row.variant.name] = with_weights[0]
+        # one is enough: to see that a checkpoint is whole, all of it is read
+        runs = (result.run for _, result in sorted(row.results.items()))
+        if (run := next((run for run in runs if last_checkpoint(run.folder)), None)) is not None:
+            trained[row.variant.name] = run
     if matrix.reference.name not in trained:
         return
     speeds = timing.measure(list(trained.values()), trained[matrix.reference.name], out / "timing.json")

@@ -143,7 +143,8 @@ class MoECLI(LightningCLI):
         self.run_dir = self.claim_run_dir(config["default_root_dir"])
         kwargs["default_root_dir"] = str(self.run_dir)
         try:
-            kwargs |= self.observers(config, begun)
+            progress_bar = kwargs.get("enable_progress_bar", config["enable_progress_bar"])
+            kwargs |= self.observers(config, begun, progress_bar)
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:
             self.forget_run_dir()
@@ -151,7 +152,7 @@ class MoECLI(LightningCLI):
                 raise
             raise InputError(f"trainer: {str(error).splitlines()[0]}") from error
 
-    def observers(self, config: Any, begun: dict[str, Any] | None) -> dict[str, Any]:
+    def observers(self, config: Any, begun: dict[str, Any] | None, progress_bar: bool) -> dict[str, Any]:
         """The trainer's loggers, callbacks and way to write checkpoints: all that writes to the run's folder."""
         loggers = config["logger"]
         if loggers is None:
@@ -165,8 +166,7 @@ class MoECLI(LightningCLI):
             self.checkpoints = Checkpoints(self.run_dir, **self._get(self.config_init, "checkpoints"))
             callbacks += [StopOnSignal(self.checkpoints), self.checkpoints]
             plugins = [CheckpointFiles(), *plugins]
-        progress_bar = config["enable_progress_bar"]
-        if sys.stdout.isatty() if progress_bar is None else progress_bar:
+        if progress_bar:
             callbacks.append(RichProgressBar(refresh_rate=10))
         return {
             "logger": loggers,

@@ -217,10 +217,8 @@ def batched_mm(at: Setting) -> Iterator[Row]:
         return
     seq_len = min(t.context_length, 2 ** (most.bit_length() - 1))
     models = Models(at, max(1, most // seq_len), seq_len)
-    n_tokens, note = (
-        models.tokens_BS.numel(),
-        f"on {models.tokens_BS.numel():,} tokens, so that it fits the memory",
-    )
+    n_tokens = models.tokens_BS.numel()
+    note = f"on {n_tokens:,} tokens, so that it fits the memory"
     ours, peer = models.moepp(MoEConfig(tau=0.75)), models.mixtral("batched_mm")
     peers.check("logits of Mixtral, batched_mm", peer.logits(), models.moepp(VANILLA).logits())
     rounds = at.time([ours, peer])
