@@ -8,7 +8,6 @@ memory on a GPU (figures in recipes/results/LOG.md).
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 1024  # tokens
@@ -35,9 +34,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=dtype)
         for start in range(0, len(hidden_ND), CHUNK):
             rows, targets = slice(start, start + CHUNK), targets_N[start : start + CHUNK, None]
-            log_probs = F.log_softmax((hidden_ND[rows] @ weight_VD.T).to(dtype), dim=-1)
-            total -= log_probs.gather(1, targets).sum()
-            grad_logits = log_probs.exp_()  # dL/dlogits = softmax - one-hot
+            logits = (hidden_ND[rows] @ weight_VD.T).to(dtype)
+            chosen = logits.gather(1, targets)
+            largest = logits.amax(-1, keepdim=True)
+            # all in place: each further (chunk, V) tensor would cost as much in page faults as a product
+            exp = logits.sub_(largest).exp_()
+            sum_exp = exp.sum(-1, keepdim=True)
+            total += (sum_exp.log() + largest - chosen).sum()
+            grad_logits = exp.div_(sum_exp)  # dL/dlogits = softmax - one-hot
             grad_logits.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=dtype))
             grad_logits = grad_logits.to(hidden_ND.dtype)
             grad_hidden_ND[rows] = grad_logits @ weight_VD
