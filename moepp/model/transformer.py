@@ -149,17 +149,16 @@ def require_memory(config: TransformerConfig, moe: MoEConfig) -> None:
 
 
 def rope_table(config: TransformerConfig) -> Tensor:
-    """(2, context_length, d): cos and sin of position times frequency, each half of d alike."""
+    """(2, context_length, d): cos and signed sin (minus in the first half) of position times frequency."""
     d = config.head_dim
     frequencies = config.rope_theta ** -(torch.arange(0, d, 2, dtype=torch.float32) / d)
     angles = torch.arange(config.context_length, dtype=torch.float32)[:, None] * frequencies
-    angles = torch.cat((angles, angles), dim=-1)
-    return torch.stack((angles.cos(), angles.sin()))
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
 
 
 def rotate(x_BNSd: Tensor, rope_2Sd: Tensor) -> Tensor:
     """RoPE: turn each pair (i, i + d/2) by its position's angle."""
-    cos_Sd, sin_Sd = rope_2Sd
-    first, second = x_BNSd.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x_BNSd * cos_Sd + turned * sin_Sd).to(x_BNSd.dtype)
+    cos_Sd, signed_sin_Sd = rope_2Sd
+    other = x_BNSd.roll(x_BNSd.shape[-1] // 2, dims=-1)  # of each pair
+    return (x_BNSd * cos_Sd + other * signed_sin_Sd).to(x_BNSd.dtype)
