@@ -16,7 +16,8 @@ from moepp.model.router import Routing
 class ZeroComputationExperts(nn.Module):
     """Zero (0), copy (x) and constant (a1·x + a2·v, [a1, a2] = softmax(W_c x)) experts (equations 3 to 5).
 
-    Together they are s·x + G·V: one number a token, and one (T, C) by (C, D) product. Nothing is dispatched.
+    Together they are s·x + G·V: one number a token, and one (T, C) by (C, D) product. Nothing is dispatched. These
+    terms are what it returns: FFNExperts adds them up with its own rows.
     """
 
     def __init__(self, hidden_size: int, moe: MoEConfig) -> None:
@@ -25,18 +26,17 @@ class ZeroComputationExperts(nn.Module):
         self.constants = nn.Parameter(torch.empty(moe.n_const, hidden_size))  # v
         self.mix = nn.Parameter(torch.empty(moe.n_const, 2, hidden_size))  # W_c: row 0 weighs x, row 1 weighs v
 
-    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def forward(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
+        """s (T,), G (T, C) and V (C, D)."""
         gates_TE = torch.zeros_like(routing.logits).scatter(1, routing.experts, routing.gates)
-        scale_T = gates_TE[:, self.moe.kinds["copy"]].sum(-1)
-        if self.moe.n_const == 0:
-            return x_TD * scale_T[:, None].to(x_TD.dtype)
-        const_gates_TC = gates_TE[:, self.moe.kinds["const"]]
+        copy_T = gates_TE[:, self.moe.kinds["copy"]].sum(-1)
+        const_TC = gates_TE[:, self.moe.kinds["const"]]
         # softmax over two logits is a sigmoid of their difference
         mix_CD = (self.mix[:, 0] - self.mix[:, 1]).to(x_TD.dtype)
         a1_TC = F.linear(x_TD, mix_CD).to(gates_TE.dtype).sigmoid()
-        scale_T = scale_T + (const_gates_TC * a1_TC).sum(-1)
-        weights_TC = (const_gates_TC * (1 - a1_TC)).to(x_TD.dtype)
-        return x_TD * scale_T[:, None].to(x_TD.dtype) + weights_TC @ self.constants.to(x_TD.dtype)
+        scale_T = copy_T + (const_TC * a1_TC).sum(-1)
+        weights_TC = const_TC * (1 - a1_TC)
+        return scale_T.to(x_TD.dtype), weights_TC.to(x_TD.dtype), self.constants.to(x_TD.dtype)
 
 
 class FFNExperts(nn.Module):
@@ -48,10 +48,14 @@ class FFNExperts(nn.Module):
         self.w_gate_up = nn.Parameter(torch.empty(moe.n_ffn, 2 * intermediate_size, hidden_size))  # gate, then up
         self.w_down = nn.Parameter(torch.empty(moe.n_ffn, hidden_size, intermediate_size))
 
-    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, routing: Routing, terms: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """(T, D): the gate-weighted sum of their outputs, and on top what `terms` of the zero-computation experts
+        come to."""
         w_gate_up, w_down = self.w_gate_up.to(x_TD.dtype), self.w_down.to(x_TD.dtype)
         compute = grouped_experts if use_grouped(x_TD, w_down) else looped_experts
-        return compute(x_TD, routing.gates, w_gate_up, w_down, routing.experts, routing.computed())
+        return compute(x_TD, routing.gates, w_gate_up, w_down, routing.experts, routing.computed(), terms)
 
 
 def use_grouped(x_TD: Tensor, w_down_FDH: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """FFN experts on a GPU: one grouped product each way over rows sorted by expert, without a host sync.
 
-T tokens, D hidden size, H intermediate size, F = n_ffn, K choices a token, A = T·K assignments, R = A rows: those
-of FFN experts in front, sorted by expert.
+T tokens, D hidden size, H intermediate size, F = n_ffn, C = n_const, K choices a token, A = T·K assignments,
+R = A rows: those of FFN experts in front, sorted by expert.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,23 @@ from moepp.model.balance import count_assignments
 
 
 def grouped_experts(
-    x_TD: Tensor, gates_TK: Tensor, w_gate_up: Tensor, w_down: Tensor, experts_TK: Tensor, computed_TK: Tensor
+    x_TD: Tensor,
+    gates_TK: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    experts_TK: Tensor,
+    computed_TK: Tensor,
+    terms: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """(T, D): the gate-weighted sum of the FFN experts' outputs over the assignments in `computed_TK`."""
+    """(T, D): the gate-weighted sum of the FFN experts' outputs over the assignments in `computed_TK`, plus
+    s·x + G·V with `terms` = s (T,), G (T, C), V (C, D)."""
     plan = Plan.of(experts_TK, computed_TK, n_ffn=len(w_down))
     rows_RD = grouped_swiglu(Dispatch.apply(x_TD, plan), w_gate_up, w_down, plan.count_F)
-    return Combine.apply(rows_RD, gates_TK, plan)
+    y_TD = Combine.apply(rows_RD, gates_TK, plan)
+    if terms is None:
+        return y_TD
+    scale_T, weights_TC, constants_CD = terms
+    return y_TD + x_TD * scale_T[:, None] + weights_TC @ constants_CD
 
 
 def grouped_swiglu(x_RD: Tensor, w_gate_up: Tensor, w_down: Tensor, count_F: Tensor) -> Tensor:

@@ -1,12 +1,15 @@
 """FFN experts on a CPU: one expert after the other with plain matrix products.
 
-An expert's rows are gathered, multiplied, activated and added to the output while they are still in the cache,
-forward and backward. Against autograd over the same products this saves the copies in between (figures in
-recipes/results/LOG.md).
+One function for the whole sum over experts, so that rows are gathered once, and each token's rows and what its
+zero-computation experts add are summed in place, forward and backward. Autograd over the same products makes
+copies in between (figures in recipes/results/LOG.md).
 
-T tokens, D hidden size, H intermediate size, F = n_ffn, K choices a token, N rows of the expert at hand.
+T tokens, D hidden size, H intermediate size, F = n_ffn, C = n_const, K choices a token, R assignments that FFN
+experts compute, sorted by expert, N rows of the expert at hand.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,11 +19,66 @@ from torch import Tensor
 
 @torch.compiler.disable
 def looped_experts(
-    x_TD: Tensor, gates_TK: Tensor, w_gate_up: Tensor, w_down: Tensor, experts_TK: Tensor, computed_TK: Tensor
+    x_TD: Tensor,
+    gates_TK: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    experts_TK: Tensor,
+    computed_TK: Tensor,
+    terms: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """(T, D): the gate-weighted sum of the FFN experts' outputs over the assignments in `computed_TK`."""
+    """(T, D): the gate-weighted sum of the FFN experts' outputs over the assignments in `computed_TK`, plus
+    s·x + G·V with `terms` = s (T,), G (T, C), V (C, D)."""
     # its row counts differ from step to step, which a compiled graph would be specialised on again and again
-    return LoopedExperts.apply(x_TD, gates_TK, w_gate_up, w_down, experts_TK, computed_TK)
+    rows = Rows.of(experts_TK, computed_TK, len(w_down))
+    return LoopedExperts.apply(x_TD, gates_TK, w_gate_up, w_down, rows, *(terms or ()))
+
+
+@dataclass
+class Rows:
+    """The R assignments that FFN experts compute, as rows sorted by expert.
+
+    Attributes:
+        counts: rows of each expert.
+        token: (R,) the token of each row.
+        assignment: (R,) the assignment (t·K + k) of each row.
+        in_token_order: (R,) the rows, those of the first token first.
+        first_T: where in `in_token_order` each token's rows begin.
+    """
+
+    counts: list[int]
+    token: Tensor
+    assignment: Tensor
+    in_token_order: Tensor
+    first_T: Tensor
+
+    @staticmethod
+    def of(experts_TK: Tensor, computed_TK: Tensor, n_ffn: int) -> "Rows":
+        computed = computed_TK.flatten().nonzero()[:, 0]
+        expert = experts_TK.flatten()[computed]
+        order = expert.argsort(stable=True)
+        row = torch.empty_like(order)
+        row[order] = torch.arange(len(order), device=order.device)
+        assignment = computed[order]
+        count_T = computed_TK.sum(1)
+        return Rows(
+            counts=expert.bincount(minlength=n_ffn).tolist(),
+            token=assignment // experts_TK.shape[1],
+            assignment=assignment,
+            in_token_order=row,
+            first_T=count_T.cumsum(0) - count_T,
+        )
+
+    def by_expert(self, *rows_RX: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """(e, its (N, X) part of each)."""
+        return enumerate(zip(*(rows.split(self.counts) for rows in rows_RX), strict=True))
+
+    def sum_by_token(self, rows_RD: Tensor, gates_TK: Tensor | None = None) -> Tensor:
+        """(T, D): the sum of each token's rows, weighted by gates. A row is read once, nothing is zeroed first."""
+        gates = None
+        if gates_TK is not None:
+            gates = gates_TK.flatten()[self.assignment].to(rows_RD.dtype)[self.in_token_order]
+        return F.embedding_bag(self.in_token_order, rows_RD, self.first_T, mode="sum", per_sample_weights=gates)
 
 
 class LoopedExperts(torch.autograd.Function):
@@ -31,51 +89,53 @@ class LoopedExperts(torch.autograd.Function):
         gates_TK: Tensor,
         w_gate_up: Tensor,
         w_down: Tensor,
-        experts_TK: Tensor,
-        computed_TK: Tensor,
+        rows: Rows,
+        *terms: Tensor,
     ) -> Tensor:
-        n_ffn, _, H = w_down.shape
-        expert_A = torch.where(computed_TK, experts_TK, n_ffn).flatten()
-        order_A = expert_A.argsort(stable=True)
-        counts = torch.bincount(expert_A, minlength=n_ffn + 1)[:n_ffn].tolist()
-        assignments = order_A[: sum(counts)].split(counts)
-        y_TD = torch.zeros_like(x_TD)
-        saved: list[Tensor] = []
-        for e, assignment_N in enumerate(assignments):
-            token_N = assignment_N // gates_TK.shape[1]
-            x_ND = x_TD[token_N]
+        H = w_down.shape[2]
+        x_RD = x_TD.index_select(0, rows.token)
+        out_RD = torch.empty_like(x_RD)
+        gate_ups = []
+        for e, (x_ND, out_ND) in rows.by_expert(x_RD, out_RD):
             gate_up = x_ND @ w_gate_up[e].T
             hidden_NH = F.silu(gate_up[:, :H]).mul_(gate_up[:, H:])
-            out_ND = hidden_NH @ w_down[e].T
-            gate_N = gates_TK.flatten()[assignment_N].to(x_TD.dtype)
-            y_TD.index_add_(0, token_N, out_ND.mul_(gate_N[:, None]))  # a token meets an expert once: no race
-            saved += [token_N, x_ND, gate_up]
-        ctx.assignments = assignments
-        ctx.save_for_backward(gates_TK, w_gate_up, w_down, *saved)
+            torch.mm(hidden_NH, w_down[e].T, out=out_ND)
+            gate_ups.append(gate_up)
+        y_TD = rows.sum_by_token(out_RD, gates_TK)
+        if terms:
+            scale_T, weights_TC, constants_CD = terms
+            y_TD.addcmul_(x_TD, scale_T[:, None]).addmm_(weights_TC, constants_CD)
+        ctx.rows = rows
+        ctx.save_for_backward(x_TD, gates_TK, w_gate_up, w_down, x_RD, out_RD, *gate_ups, *terms)
         return y_TD
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        gates_TK, w_gate_up, w_down, *saved = ctx.saved_tensors
-        H = w_down.shape[2]
-        grad_x_TD = torch.zeros_like(grad_TD)
+        rows: Rows = ctx.rows
+        x_TD, gates_TK, w_gate_up, w_down, x_RD, out_RD, *more = ctx.saved_tensors
+        n_ffn, _, H = w_down.shape
+        gate_ups, terms = more[:n_ffn], more[n_ffn:]
+        grad_out_RD = grad_TD.index_select(0, rows.token)
         grad_gates_A = torch.zeros_like(gates_TK).flatten()
+        grad_gates_A[rows.assignment] = torch.linalg.vecdot(grad_out_RD, out_RD).to(gates_TK.dtype)
+        grad_out_RD.mul_(gates_TK.flatten()[rows.assignment, None])
+        grad_x_RD = torch.empty_like(x_RD)
         grad_w_gate_up, grad_w_down = torch.empty_like(w_gate_up), torch.empty_like(w_down)
-        for e, assignment_N in enumerate(ctx.assignments):
-            token_N, x_ND, gate_up = saved[3 * e : 3 * e + 3]
-            gate_NH, up_NH = gate_up[:, :H], gate_up[:, H:]
-            gate_N1 = gates_TK.flatten()[assignment_N, None].to(grad_TD.dtype)
-            grad_out_ND = grad_TD[token_N]
+        for e, (x_ND, grad_out_ND, grad_x_ND) in rows.by_expert(x_RD, grad_out_RD, grad_x_RD):
+            gate_NH, up_NH = gate_ups[e][:, :H], gate_ups[e][:, H:]
             grad_hidden_NH = grad_out_ND @ w_down[e]
             silu_NH = F.silu(gate_NH)
-            hidden_NH = silu_NH * up_NH
-            # <dL/dy, W h> = <W^T dL/dy, h>: the gate's gradient without the expert's output
-            grad_gates_A[assignment_N] = (grad_hidden_NH * hidden_NH).sum(-1).to(grad_gates_A.dtype)
-            grad_hidden_NH.mul_(gate_N1)
-            torch.mm((grad_out_ND * gate_N1).T, hidden_NH, out=grad_w_down[e])
-            grad_gate_up = torch.empty_like(gate_up)
+            grad_gate_up = torch.empty_like(gate_ups[e])
             torch.mul(grad_hidden_NH, silu_NH, out=grad_gate_up[:, H:])
-            grad_gate_up[:, :H] = torch.ops.aten.silu_backward(grad_hidden_NH.mul_(up_NH), gate_NH)
+            torch.mm(grad_out_ND.T, silu_NH.mul_(up_NH), out=grad_w_down[e])
+            grad_silu_NH = grad_hidden_NH.mul_(up_NH)
+            torch.ops.aten.silu_backward.grad_input(grad_silu_NH, gate_NH, grad_input=grad_gate_up[:, :H])
             torch.mm(grad_gate_up.T, x_ND, out=grad_w_gate_up[e])
-            grad_x_TD.index_add_(0, token_N, grad_gate_up @ w_gate_up[e])
-        return grad_x_TD, grad_gates_A.view_as(gates_TK), grad_w_gate_up, grad_w_down, None, None
+            torch.mm(grad_gate_up, w_gate_up[e], out=grad_x_ND)
+        grad_x_TD = rows.sum_by_token(grad_x_RD)
+        grad_terms: tuple[Tensor, ...] = ()
+        if terms:
+            scale_T, weights_TC, constants_CD = terms
+            grad_x_TD.addcmul_(grad_TD, scale_T[:, None])
+            grad_terms = torch.linalg.vecdot(grad_TD, x_TD), grad_TD @ constants_CD.T, weights_TC.T @ grad_TD
+        return grad_x_TD, grad_gates_A.view_as(gates_TK), grad_w_gate_up, grad_w_down, None, *grad_terms

@@ -41,7 +41,9 @@ class MoELayer(nn.Module):
             x_TD = x_TD.to(torch.get_autocast_dtype(x.device.type))
         if self.moe.scale_expert_input != 1.0:
             x_TD = x_TD * self.moe.scale_expert_input
-        y_TD = self.ffn(x_TD, routing)
-        if self.zero_computation is not None:
-            y_TD = y_TD + self.zero_computation(x_TD, routing)
-        return y_TD.view_as(x), routing
+        return self.experts(x_TD, routing).view_as(x), routing
+
+    def experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """(T, D): what the experts of a routing that is given make of its tokens."""
+        terms = None if self.zero_computation is None else self.zero_computation(x_TD, routing)
+        return self.ffn(x_TD, routing, terms)

@@ -22,7 +22,7 @@ class Routing:
         logits: (T, E) G_j, what the next layer's gating residual receives.
         experts: (T, K) int64, the chosen experts, best first.
         gates: (T, K) their weights in the output; zero experts' and dropped assignments' are 0.
-        probs: (T, E) softmax of the logits.
+        scores: (T, E) what softmax and top-k were taken of: the logits, or what `logits_norm_std` made of them.
         kept: (T, K) bool, False where an expert was over capacity; None when dropless.
         moe: the configuration the decision was made under.
     """
@@ -30,9 +30,14 @@ class Routing:
     logits: Tensor
     experts: Tensor
     gates: Tensor
-    probs: Tensor
+    scores: Tensor
     kept: Tensor | None
     moe: MoEConfig
+
+    @property
+    def probs(self) -> Tensor:
+        """(T, E): softmax of the scores. Only the balance loss needs it, so it is computed when asked for."""
+        return self.scores.softmax(-1)
 
     def load_balance_loss(self) -> Tensor:
         """L_b of this layer (equation 7), a scalar with a gradient."""
@@ -82,13 +87,17 @@ class Router(nn.Module):
             if moe.logits_norm_std is not None:
                 std_T1 = logits_TE.std(-1, keepdim=True).clamp(min=1e-12)  # 0 where all logits are equal
                 scores_TE = logits_TE * (moe.logits_norm_std / std_T1)
-            experts_TK = scores_TE.topk(moe.top_k, dim=-1).indices
+            experts_TK = self.choose(scores_TE)
             gates_TK = self.gates(scores_TE, experts_TK)
             kept_TK = None
             if moe.capacity_factor is not None and self.training:
                 kept_TK = balance.within_capacity(experts_TK.view(*x_BSD.shape[:2], -1), moe).flatten(0, 1)
                 gates_TK = gates_TK * kept_TK
-        return Routing(logits_TE, experts_TK, gates_TK, scores_TE.softmax(-1), kept_TK, moe)
+        return Routing(logits_TE, experts_TK, gates_TK, scores_TE, kept_TK, moe)
+
+    def choose(self, scores_TE: Tensor) -> Tensor:
+        """(T, K): the experts of the highest scores, best first."""
+        return scores_TE.topk(self.moe.top_k, dim=-1).indices
 
     def gates(self, scores_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """(T, K): softmax over the chosen experts' scores = their probabilities divided by their sum."""

@@ -133,9 +133,7 @@ class Subject:
         def run() -> None:
             with torch.no_grad(), self.autocast:
                 for moe, x_TD, routing in received:
-                    moe.ffn(x_TD, routing)
-                    if moe.zero_computation is not None:
-                        moe.zero_computation(x_TD, routing)
+                    moe.experts(x_TD, routing)
 
         return run
 

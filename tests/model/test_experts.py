@@ -6,7 +6,7 @@ import torch
 from moepp.model import MoEConfig, MoELayer, Transformer, TransformerConfig, experts
 from moepp.model.experts import use_grouped
 from moepp.model.grouped import grouped_experts, grouped_swiglu
-from moepp.model.looped import looped_experts
+from moepp.model.looped import Rows, looped_experts
 
 COUNTS = ([3, 0, 5, 1], [0, 0, 0, 9], [9, 0, 0, 0], [2, 3, 2, 1])
 
@@ -42,13 +42,35 @@ def test_back_ends_agree_in_float32(n_tokens: int) -> None:
     x = torch.randn(n_tokens, 16, requires_grad=True)
     routing = layer(x)[1]
     gates = routing.gates.detach().requires_grad_()
+    terms = [torch.randn(*shape, requires_grad=True) for shape in ((n_tokens,), (n_tokens, 2), (2, 16))]
+    weights = tuple(layer.ffn.parameters())
     results = []
     for compute in (looped_experts, grouped_experts):
-        args = (x, gates, layer.ffn.w_gate_up, layer.ffn.w_down, routing.experts, routing.experts < 4)
-        y = compute(*args)
-        results.append((y, *torch.autograd.grad(y.square().sum(), (x, gates, *layer.ffn.parameters()))))
+        y = compute(x, gates, *weights, routing.experts, routing.experts < 4, terms)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, gates, *weights, *terms))))
     for looped, grouped in zip(*results, strict=True):
         torch.testing.assert_close(grouped, looped, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("computed", ["some", "none", "all"])
+def test_rows_of_the_loop(computed: str) -> None:
+    """Against a search by hand: whose rows are whose, and what adds up to a token."""
+    torch.manual_seed(0)
+    experts_TK = torch.stack([torch.randperm(6)[:2] for _ in range(9)])
+    computed_TK = {"some": experts_TK < 4, "none": experts_TK < 0, "all": experts_TK < 6}[computed]
+    rows = Rows.of(experts_TK, computed_TK, n_ffn=6)
+    expected = [
+        (t, k) for e in range(6) for t in range(9) for k in range(2) if computed_TK[t, k] and experts_TK[t, k] == e
+    ]
+    assert list(zip(rows.token.tolist(), (rows.assignment % 2).tolist(), strict=True)) == expected
+    assert rows.counts == [int(((experts_TK == e) & computed_TK).sum()) for e in range(6)]
+    values_RD, gates_TK = torch.randn(len(expected), 3), torch.rand(9, 2)
+    sums_TD, weighted_TD = torch.zeros(9, 3), torch.zeros(9, 3)
+    for value_D, (t, k) in zip(values_RD, expected, strict=True):
+        sums_TD[t] += value_D
+        weighted_TD[t] += gates_TK[t, k] * value_D
+    torch.testing.assert_close(rows.sum_by_token(values_RD), sums_TD)
+    torch.testing.assert_close(rows.sum_by_token(values_RD, gates_TK), weighted_TD)
 
 
 def test_the_gpu_path_compiles_into_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,8 +73,8 @@ def test_parity_bites(at: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
             routed.check_against_loop()
     routed.layer.ffn.w_down.data[3, 0, 0] += 10
     routed.check_against_loop()  # whose weights are copied from the layer each time
-    rows = routed.layer.ffn.forward
-    monkeypatch.setattr(routed.layer.ffn, "forward", lambda x, routing: 0.999 * rows(x, routing))
+    right_sum = routed.layer.experts
+    monkeypatch.setattr(routed.layer, "experts", lambda x, routing: 0.999 * right_sum(x, routing))
     with pytest.raises(peers.NotEqual, match="dense experts"):
         routed.limits()
 
