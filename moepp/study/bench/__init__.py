@@ -62,7 +62,7 @@ def run(verb: str, arguments: list[str]) -> None:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     sizes = SIZES[options.size or ("gpu" if on_gpu else "cpu")]
-    at = Setting(sizes, device, rounds=3 if options.quick else 11, seconds=0.0 if options.quick else 6.0)
+    at = Setting(sizes, device, rounds=3 if options.quick else 15, seconds=0.0 if options.quick else 6.0)
     options.out.mkdir(parents=True, exist_ok=True)
     quiet_lightning()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's, which counts memory on a CPU

@@ -207,11 +207,11 @@ def step(at: Setting) -> Iterator[Row]:
 
 def batched_mm(at: Setting) -> Iterator[Row]:
     """transformers' back-end for decoding gathers the weights of every assignment, and keeps them for the backward
-    pass. It gets as many tokens as let these fit half of the free memory, and we get the same."""
+    pass. It gets a few tokens, as many as let these fit half of the free memory, and we get the same."""
     t = at.sizes.transformer
     weights = t.n_layers * VANILLA.top_k * 3 * t.hidden_size * t.intermediate_size  # of one token
     n_bytes = weights * (6 if at.device.type == "cuda" else 4)  # under autocast as they are and in bf16
-    most = min(at.sizes.batch_size * t.context_length, free_memory(at.device) // 2 // n_bytes)
+    most = min(64, at.sizes.batch_size * t.context_length, free_memory(at.device) // 2 // n_bytes)
     if most < 8:
         yield Row("step", "Mixtral, batched_mm", "tokens/s", note="left out: not even 8 tokens fit the memory")
         return
