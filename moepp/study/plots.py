@@ -189,7 +189,7 @@ def bench(path: Path, rows: Sequence[Row]) -> None:
             chosen.sort(key=lambda row: number_in(row.name))
             points(growth, [number_in(row.name) for row in chosen], chosen, colour, section)
         growth.set_xscale("log", base=2)
-        growth.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+        growth.set_xticks([1, 4, 16, 64, 1024, 4096, 16384], ["1", "4", "16", "64", "1k", "4k", "16k"])
         growth.set_ylim(bottom=0)
         growth.set_title("layer: relative time by size")
         growth.set_xlabel("number (of tokens: relative time per token)")

@@ -11,6 +11,7 @@ from moepp.cli import main
 from moepp.model import InputError, MoEConfig, MoELayer
 from moepp.study.bench import layers, peers, results, steps
 from moepp.study.bench.setting import SIZES, VANILLA, Row, Setting, measured
+from moepp.training.module import LitMoE
 
 CPU = torch.device("cpu")
 
@@ -219,3 +220,18 @@ def test_bad_options_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None
     assert main(["bench", "--only=layer,nothing"]) == 2
     assert "no section 'nothing'" in capsys.readouterr().err
     assert main(["bench", "--size=huge"]) == 2
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_whole_cuda_step_never_waits_for_the_device() -> None:
+    """Forward, loss, backward, clipping and AdamW, with the model's own routing."""
+    at = Setting(SIZES["toy"], torch.device("cuda"), rounds=2, seconds=0.0)
+    tokens_BS = torch.randint(at.sizes.transformer.vocab_size, (2, 16), device="cuda")
+    one = steps.TrainingStep(at, LitMoE(at.sizes.transformer, MoEConfig()), tokens_BS)
+    one()  # AdamW makes its state
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        one()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -3,7 +3,7 @@
 T tokens, D hidden size, H intermediate size, N rows of an expert.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 
@@ -169,10 +169,16 @@ def tokens(at: Setting) -> Iterator[Row]:
 
 
 def experts(at: Setting) -> Iterator[Row]:
-    """With FFN experts, at the same number of rows for all of them together."""
+    """With FFN experts, at the same number of rows for all of them together; and what the limit has of that."""
     share, numbers = MoEConfig().ffn_share, (8, 4, 16, 32, 64, 128)
     cases = {f"{n} FFN experts, same rows": RoutedLayer(at, MoEConfig(n_ffn=n), share) for n in numbers}
     yield from growth(at, "experts", cases, "× the time of 8")
+    limits = {
+        f"{name}, matrix products alone": routed.limits()["per expert"]
+        for name, routed in cases.items()
+        if routed.layer.moe.n_ffn in (8, 64)
+    }
+    yield from growth(at, "limit", limits, "× the time of 8")
 
 
 def constants(at: Setting) -> Iterator[Row]:
@@ -183,7 +189,7 @@ def constants(at: Setting) -> Iterator[Row]:
 
 
 def growth(
-    at: Setting, section: str, cases: dict[str, RoutedLayer], unit: str, amounts: Sequence[int] | None = None
+    at: Setting, section: str, cases: Mapping[str, Timed], unit: str, amounts: Sequence[int] | None = None
 ) -> Iterator[Row]:
     """Time relative to the first case's; with `amounts`, time per amount."""
     rounds = at.time([subject.forward_and_backward for subject in cases.values()])

@@ -43,6 +43,7 @@ def model_of(*sizes: int) -> TransformerConfig:
 SIZES = {
     "toy": Sizes(model_of(320, 2, 32, 48, 2, 16), n_tokens=256, batch_size=2),
     "cpu": Sizes(model_of(8192, 4, 256, 688, 4, 256), n_tokens=8192, batch_size=8),
+    "paper": Sizes(model_of(8192, 2, 768, 2048, 12, 256), n_tokens=2048, batch_size=8),  # its layer, for a CPU
     "gpu": Sizes(model_of(24576, 4, 768, 2048, 12, 2048), n_tokens=32768, batch_size=8, calls=10),
 }
 

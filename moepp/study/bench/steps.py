@@ -34,6 +34,7 @@ from moepp.training.module import LitMoE
 ROOT = Path(moepp.__file__).parents[1]
 RECIPE = ROOT / "recipes" / "sizes" / "0.6b.yaml"
 STARTS = 3  # of `moepp fit`
+BATCHED = 64  # tokens at most for transformers' batched_mm
 MATMUL = 2048  # rows and columns of the product that stands for a CPU's peak
 DENSE = MoEConfig(n_ffn=1, n_zero=0, n_copy=0, n_const=0, top_k=1, gating_residual=False)
 
@@ -211,14 +212,14 @@ def batched_mm(at: Setting) -> Iterator[Row]:
     t = at.sizes.transformer
     weights = t.n_layers * VANILLA.top_k * 3 * t.hidden_size * t.intermediate_size  # of one token
     n_bytes = weights * (6 if at.device.type == "cuda" else 4)  # under autocast as they are and in bf16
-    most = min(64, at.sizes.batch_size * t.context_length, free_memory(at.device) // 2 // n_bytes)
+    most = min(BATCHED, at.sizes.batch_size * t.context_length, free_memory(at.device) // 2 // n_bytes)
     if most < 8:
         yield Row("step", "Mixtral, batched_mm", "tokens/s", note="left out: not even 8 tokens fit the memory")
         return
     seq_len = min(t.context_length, 2 ** (most.bit_length() - 1))
     models = Models(at, max(1, most // seq_len), seq_len)
     n_tokens = models.tokens_BS.numel()
-    note = f"on {n_tokens:,} tokens, so that it fits the memory"
+    note = f"on {n_tokens:,} tokens: it gathers the weights for each of them"
     ours, peer = models.moepp(MoEConfig(tau=0.75)), models.mixtral("batched_mm")
     peers.check("logits of Mixtral, batched_mm", peer.logits(), models.moepp(VANILLA).logits())
     rounds = at.time([ours, peer])
