@@ -20,6 +20,7 @@ from moepp.model import MoELayer, Routing
 from moepp.study.matrix import Run, Variant
 from moepp.training.callbacks import device_name
 from moepp.training.checkpoint import last_checkpoint, read_checkpoint
+from moepp.training.cpu_memory import keep_freed_memory
 from moepp.training.data import TokenDataModule
 from moepp.training.module import LitMoE
 
@@ -58,6 +59,8 @@ def measure(runs: list[Run], reference: Run, cache: Path) -> dict[str, Speed]:
         saved = json.loads(cache.read_text())
         if saved["key"] == key:
             return {name: read_speed(speed) for name, speed in saved["speeds"].items()}
+    if where.type == "cpu":
+        keep_freed_memory()  # as `moepp fit` does
     speeds = {}
     for run in runs:
         try:

@@ -27,6 +27,7 @@ from moepp.training.arguments import config_number, expand_bases, expand_last, n
 from moepp.training.bad_steps import BadSteps
 from moepp.training.callbacks import Monitor, Summary, device_name, say
 from moepp.training.checkpoint import CheckpointFiles, require_state, step_checkpoints
+from moepp.training.cpu_memory import keep_freed_memory
 from moepp.training.csv_log import CSVLog
 from moepp.training.data import TokenDataModule
 from moepp.training.module import LitMoE
@@ -242,6 +243,8 @@ class MoECLI(LightningCLI):
         Raises:
             InputError: the checkpoint holds what no run of ours has written.
         """
+        if self.trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
         try:
             self.trainer.fit(model, datamodule=datamodule, **kwargs)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
