@@ -17,6 +17,13 @@ def count_assignments(experts_TK: Tensor, n_experts: int) -> Tensor:
     return one_hot.sum(0)
 
 
+def inverse(order: Tensor) -> Tensor:
+    """Where in a permutation each number stands: inverse(order)[order[i]] = i."""
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
+    return places
+
+
 def load_balance_loss(probs_TE: Tensor, experts_TK: Tensor, moe: MoEConfig) -> Tensor:
     """L_b = Σ_i η_i f_i P_i with η = 1 for FFN experts and τ for the others (equation 7).
 
@@ -42,8 +49,7 @@ def within_capacity(experts_BSK: Tensor, moe: MoEConfig) -> Tensor:
     order_A = experts_A.argsort(stable=True)  # by expert, within an expert by position
     count_E = count_assignments(experts_A[:, None], moe.n_experts)
     first_E = count_E.cumsum(0) - count_E
-    rank_A = torch.empty_like(order_A)
-    rank_A[order_A] = torch.arange(len(order_A), device=order_A.device) - first_E[experts_A[order_A]]
+    rank_A = inverse(order_A) - first_E[experts_A]
     capacity_E = torch.full_like(count_E, zero_computation)
     capacity_E[moe.kinds["ffn"]] = ffn
     return (rank_A < capacity_E[experts_A]).view(S, B, K).transpose(0, 1)

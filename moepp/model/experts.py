@@ -3,6 +3,8 @@
 T tokens, D hidden size, H intermediate size, C = n_const.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +13,17 @@ from moepp.model.config import MoEConfig
 from moepp.model.grouped import grouped_experts
 from moepp.model.looped import looped_experts
 from moepp.model.router import Routing
+
+
+class Terms(NamedTuple):
+    """s·x + G·V, what the zero-computation experts of each token come to: s (T,), G (T, C), V (C, D)."""
+
+    scale_T: Tensor
+    weights_TC: Tensor
+    constants_CD: Tensor
+
+    def value(self, x_TD: Tensor) -> Tensor:
+        return (x_TD * self.scale_T[:, None]).addmm(self.weights_TC, self.constants_CD)
 
 
 class ZeroComputationExperts(nn.Module):
@@ -26,8 +39,7 @@ class ZeroComputationExperts(nn.Module):
         self.constants = nn.Parameter(torch.empty(moe.n_const, hidden_size))  # v
         self.mix = nn.Parameter(torch.empty(moe.n_const, 2, hidden_size))  # W_c: row 0 weighs x, row 1 weighs v
 
-    def forward(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
-        """s (T,), G (T, C) and V (C, D)."""
+    def forward(self, x_TD: Tensor, routing: Routing) -> Terms:
         gates_TE = torch.zeros_like(routing.logits).scatter(1, routing.experts, routing.gates)
         copy_T = gates_TE[:, self.moe.kinds["copy"]].sum(-1)
         const_TC = gates_TE[:, self.moe.kinds["const"]]
@@ -36,7 +48,7 @@ class ZeroComputationExperts(nn.Module):
         a1_TC = F.linear(x_TD, mix_CD).to(gates_TE.dtype).sigmoid()
         scale_T = copy_T + (const_TC * a1_TC).sum(-1)
         weights_TC = const_TC * (1 - a1_TC)
-        return scale_T.to(x_TD.dtype), weights_TC.to(x_TD.dtype), self.constants.to(x_TD.dtype)
+        return Terms(scale_T.to(x_TD.dtype), weights_TC.to(x_TD.dtype), self.constants.to(x_TD.dtype))
 
 
 class FFNExperts(nn.Module):
@@ -48,14 +60,14 @@ class FFNExperts(nn.Module):
         self.w_gate_up = nn.Parameter(torch.empty(moe.n_ffn, 2 * intermediate_size, hidden_size))  # gate, then up
         self.w_down = nn.Parameter(torch.empty(moe.n_ffn, hidden_size, intermediate_size))
 
-    def forward(
-        self, x_TD: Tensor, routing: Routing, terms: tuple[Tensor, Tensor, Tensor] | None = None
-    ) -> Tensor:
-        """(T, D): the gate-weighted sum of their outputs, and on top what `terms` of the zero-computation experts
-        come to."""
+    def forward(self, x_TD: Tensor, routing: Routing, terms: Terms | None = None) -> Tensor:
+        """(T, D): the gate-weighted sum of their outputs, and on top the `terms` of zero-computation experts."""
         w_gate_up, w_down = self.w_gate_up.to(x_TD.dtype), self.w_down.to(x_TD.dtype)
-        compute = grouped_experts if use_grouped(x_TD, w_down) else looped_experts
-        return compute(x_TD, routing.gates, w_gate_up, w_down, routing.experts, routing.computed(), terms)
+        inputs = (x_TD, routing.gates, w_gate_up, w_down, routing.experts, routing.computed())
+        if not use_grouped(x_TD, w_down):
+            return looped_experts(*inputs, *(terms or ()))
+        y_TD = grouped_experts(*inputs)
+        return y_TD if terms is None else y_TD + terms.value(x_TD)
 
 
 def use_grouped(x_TD: Tensor, w_down_FDH: Tensor) -> bool:

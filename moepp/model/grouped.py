@@ -1,7 +1,7 @@
 """FFN experts on a GPU: one grouped product each way over rows sorted by expert, without a host sync.
 
-T tokens, D hidden size, H intermediate size, F = n_ffn, C = n_const, K choices a token, A = T·K assignments,
-R = A rows: those of FFN experts in front, sorted by expert.
+T tokens, D hidden size, H intermediate size, F = n_ffn, K choices a token, A = T·K assignments, R = A rows: those
+of FFN experts in front, sorted by expert.
 """
 
 from dataclasses import dataclass
@@ -11,27 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moepp.model.balance import count_assignments
+from moepp.model.balance import count_assignments, inverse
 
 
 def grouped_experts(
-    x_TD: Tensor,
-    gates_TK: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    experts_TK: Tensor,
-    computed_TK: Tensor,
-    terms: tuple[Tensor, Tensor, Tensor] | None = None,
+    x_TD: Tensor, gates_TK: Tensor, w_gate_up: Tensor, w_down: Tensor, experts_TK: Tensor, computed_TK: Tensor
 ) -> Tensor:
-    """(T, D): the gate-weighted sum of the FFN experts' outputs over the assignments in `computed_TK`, plus
-    s·x + G·V with `terms` = s (T,), G (T, C), V (C, D)."""
+    """(T, D): the gate-weighted sum of the FFN experts' outputs over the assignments in `computed_TK`."""
     plan = Plan.of(experts_TK, computed_TK, n_ffn=len(w_down))
     rows_RD = grouped_swiglu(Dispatch.apply(x_TD, plan), w_gate_up, w_down, plan.count_F)
-    y_TD = Combine.apply(rows_RD, gates_TK, plan)
-    if terms is None:
-        return y_TD
-    scale_T, weights_TC, constants_CD = terms
-    return y_TD + x_TD * scale_T[:, None] + weights_TC @ constants_CD
+    return Combine.apply(rows_RD, gates_TK, plan)
 
 
 def grouped_swiglu(x_RD: Tensor, w_gate_up: Tensor, w_down: Tensor, count_F: Tensor) -> Tensor:
@@ -66,11 +55,9 @@ class Plan:
     def of(experts_TK: Tensor, computed_TK: Tensor, n_ffn: int) -> "Plan":
         expert_A = torch.where(computed_TK, experts_TK, n_ffn).flatten()  # all others behind the FFN experts
         assignment_R = expert_A.argsort(stable=True)
-        row_A = torch.empty_like(assignment_R)
-        row_A[assignment_R] = torch.arange(len(row_A), device=row_A.device)
         count_F = count_assignments(expert_A[:, None], n_ffn)
         token_R = assignment_R // experts_TK.shape[1]
-        return Plan(count_F, token_R, assignment_R, row_A.view_as(experts_TK), computed_TK)
+        return Plan(count_F, token_R, assignment_R, inverse(assignment_R).view_as(experts_TK), computed_TK)
 
     def gather_sum(self, rows_RD: Tensor, gates_TK: Tensor | None = None) -> Tensor:
         """(T, D): for each token the sum of its rows, weighted by gates. Deterministic: no atomic adds."""

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moepp.model.balance import inverse
+
 
 @torch.compiler.disable
 def looped_experts(
@@ -25,13 +27,13 @@ def looped_experts(
     w_down: Tensor,
     experts_TK: Tensor,
     computed_TK: Tensor,
-    terms: tuple[Tensor, Tensor, Tensor] | None = None,
+    *terms: Tensor,
 ) -> Tensor:
-    """(T, D): the gate-weighted sum of the FFN experts' outputs over the assignments in `computed_TK`, plus
-    s·x + G·V with `terms` = s (T,), G (T, C), V (C, D)."""
+    """(T, D): the gate-weighted sum of the FFN experts' outputs over the assignments in `computed_TK`, and onto
+    that, where there are `terms` (experts.Terms), s·x + G·V."""
     # its row counts differ from step to step, which a compiled graph would be specialised on again and again
     rows = Rows.of(experts_TK, computed_TK, len(w_down))
-    return LoopedExperts.apply(x_TD, gates_TK, w_gate_up, w_down, rows, *(terms or ()))
+    return LoopedExperts.apply(x_TD, gates_TK, w_gate_up, w_down, rows, *terms)
 
 
 @dataclass
@@ -57,15 +59,13 @@ class Rows:
         computed = computed_TK.flatten().nonzero()[:, 0]
         expert = experts_TK.flatten()[computed]
         order = expert.argsort(stable=True)
-        row = torch.empty_like(order)
-        row[order] = torch.arange(len(order), device=order.device)
         assignment = computed[order]
         count_T = computed_TK.sum(1)
         return Rows(
             counts=expert.bincount(minlength=n_ffn).tolist(),
             token=assignment // experts_TK.shape[1],
             assignment=assignment,
-            in_token_order=row,
+            in_token_order=inverse(order),
             first_T=count_T.cumsum(0) - count_T,
         )
 

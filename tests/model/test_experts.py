@@ -1,12 +1,14 @@
 """The seam for the FFN experts' compute: every back-end against the loop."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from moepp.model import MoEConfig, MoELayer, Transformer, TransformerConfig, experts
-from moepp.model.experts import use_grouped
-from moepp.model.grouped import grouped_experts, grouped_swiglu
-from moepp.model.looped import Rows, looped_experts
+from moepp.model.experts import Terms, use_grouped
+from moepp.model.grouped import grouped_swiglu
+from moepp.model.looped import Rows
 
 COUNTS = ([3, 0, 5, 1], [0, 0, 0, 9], [9, 0, 0, 0], [2, 3, 2, 1])
 
@@ -36,18 +38,19 @@ def test_grouped_mm_equals_a_product_per_expert(counts: list[int], tail: int) ->
 
 
 @pytest.mark.parametrize("n_tokens", [1, 37])
-def test_back_ends_agree_in_float32(n_tokens: int) -> None:
+def test_back_ends_agree_in_float32(n_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     layer = MoELayer(16, 24, MoEConfig(n_ffn=4))
     x = torch.randn(n_tokens, 16, requires_grad=True)
     routing = layer(x)[1]
     gates = routing.gates.detach().requires_grad_()
-    terms = [torch.randn(*shape, requires_grad=True) for shape in ((n_tokens,), (n_tokens, 2), (2, 16))]
-    weights = tuple(layer.ffn.parameters())
+    shapes = (n_tokens,), (n_tokens, 2), (2, 16)
+    terms = Terms(*(torch.randn(*shape, requires_grad=True) for shape in shapes))
     results = []
-    for compute in (looped_experts, grouped_experts):
-        y = compute(x, gates, *weights, routing.experts, routing.experts < 4, terms)
-        results.append((y, *torch.autograd.grad(y.square().sum(), (x, gates, *weights, *terms))))
+    for grouped in (False, True):
+        monkeypatch.setattr(experts, "use_grouped", lambda x, w, grouped=grouped: grouped)
+        y = layer.ffn(x, replace(routing, gates=gates), terms)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, gates, *layer.ffn.parameters(), *terms))))
     for looped, grouped in zip(*results, strict=True):
         torch.testing.assert_close(grouped, looped, rtol=1e-4, atol=1e-7)
 

@@ -83,7 +83,7 @@ class RoutedLayer(Timed):
                     0, token_N, out_ND * routing.gates[token_N, choice_N, None].to(out_ND.dtype)
                 )
             if layer.zero_computation is not None:
-                expected_TD += value(self.x_TD, *layer.zero_computation(self.x_TD, routing))
+                expected_TD += layer.zero_computation(self.x_TD, routing).value(self.x_TD)
             peers.check("layer and dense experts", y_TD, expected_TD)
             peers.check("one dense expert", whole([all_rows])[0][: len(rows[0])], outputs[0])
         return {
@@ -143,18 +143,13 @@ def zero_computation(at: Setting) -> Iterator[Row]:
     routing = replace(routing, logits=routing.logits.detach(), gates=routing.gates.detach().requires_grad_())
     at.compiled(experts)
     alone = Timed(
-        lambda: [value(routed.x_TD, *experts(routed.x_TD, routing))],
+        lambda: [experts(routed.x_TD, routing).value(routed.x_TD)],
         [routed.x_TD, routing.gates, *experts.parameters()],
     )
     for passes, run in PASSES.items():
         rounds = at.time([bind(run, subject) for subject in (routed, alone)])
         shares = [100 * theirs / whole for whole, theirs in rounds]
         yield measured("zero", f"τ = 0.75, {passes}", "% of the layer", shares)
-
-
-def value(x_TD: Tensor, scale_T: Tensor, weights_TC: Tensor, constants_CD: Tensor) -> Tensor:
-    """(T, D): what the terms of the zero-computation experts come to."""
-    return (x_TD * scale_T[:, None]).addmm(weights_TC, constants_CD)
 
 
 def bind(run: Callable[[Timed], None], subject: Timed) -> Callable[[], None]:
