@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from moepp.model.errors import InputError
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # torch's own switch for large pages under large tensors: 3 to 7 % of a training step on a CPU
+    # torch's own switch for large pages under large tensors: 2 to 11 % of a training step on a CPU
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     module, function, _ = VERBS[verb]
     try:

@@ -59,8 +59,7 @@ def measure(runs: list[Run], reference: Run, cache: Path) -> dict[str, Speed]:
         saved = json.loads(cache.read_text())
         if saved["key"] == key:
             return {name: read_speed(speed) for name, speed in saved["speeds"].items()}
-    if where.type == "cpu":
-        keep_freed_memory()  # as `moepp fit` does
+    keep_freed_memory(where)  # as `moepp fit` does
     speeds = {}
     for run in runs:
         try:

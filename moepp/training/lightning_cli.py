@@ -243,8 +243,7 @@ class MoECLI(LightningCLI):
         Raises:
             InputError: the checkpoint holds what no run of ours has written.
         """
-        if self.trainer.strategy.root_device.type == "cpu":
-            keep_freed_memory()
+        keep_freed_memory(self.trainer.strategy.root_device)
         try:
             self.trainer.fit(model, datamodule=datamodule, **kwargs)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

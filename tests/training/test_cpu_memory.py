@@ -9,7 +9,7 @@ FAULTS = """
 import resource, sys, torch
 if sys.argv[1] == "keep":
     from moepp.training.cpu_memory import keep_freed_memory
-    keep_freed_memory()
+    keep_freed_memory(torch.device("cpu"))
 for _ in range(16):
     torch.zeros(2**24)  # 64 MB
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

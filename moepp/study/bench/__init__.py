@@ -64,8 +64,7 @@ def run(verb: str, arguments: list[str]) -> None:
     device = torch.device("cuda" if on_gpu else "cpu")
     sizes = SIZES[options.size or ("gpu" if on_gpu else "cpu")]
     at = Setting(sizes, device, rounds=3 if options.quick else 15, seconds=0.0 if options.quick else 6.0)
-    if not on_gpu:
-        keep_freed_memory()  # as `moepp fit` does
+    keep_freed_memory(device)  # as `moepp fit` does
     options.out.mkdir(parents=True, exist_ok=True)
     quiet_lightning()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's, which counts memory on a CPU
