@@ -199,7 +199,12 @@ def require_types(config: Any, part: str) -> None:
         fits = type(value) in kinds or (type(value) is int and float in kinds)
         require(fits, name, repr(value), "must be " + " or ".join(KINDS[kind] for kind in kinds))
         if type(value) in (int, float):
-            require(-LARGEST <= value <= LARGEST, name, value, "must lie between -1e9 and 1e9")
+            require_sensible(name, value)
+
+
+def require_sensible(name: str, value: float) -> None:
+    """Raise an InputError for a number that nobody means."""
+    require(-LARGEST <= value <= LARGEST, name, value, "must lie between -1e9 and 1e9")
 
 
 def require(ok: bool, name: str, value: object, rule: str) -> None:

@@ -20,7 +20,7 @@ from moepp.model import (
     linear_cross_entropy,
     mean_load_balance_loss,
 )
-from moepp.model.config import LARGEST, require
+from moepp.model.config import require, require_sensible
 from moepp.training.metrics import BitsPerByte
 from moepp.training.provenance import provenance
 
@@ -49,8 +49,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "eps", "max_bad_steps"):
-            value = getattr(self, name)
-            require(-LARGEST <= value <= LARGEST, f"optim.{name}", value, "must lie between -1e9 and 1e9")
+            require_sensible(f"optim.{name}", getattr(self, name))
         require(self.lr > 0, "optim.lr", self.lr, "must be positive")
         require(0 <= self.min_lr <= self.lr, "optim.min_lr", self.min_lr, f"must be between 0 and lr={self.lr}")
         require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must not be negative")
