@@ -10,10 +10,11 @@ from jsonargparse import auto_cli
 
 from moepp.model import InputError, export_released, load_released
 from moepp.model import generate as generation
-from moepp.training import tokens
 from moepp.training.checkpoint import load_model, newest_checkpoint, write_checkpoint
 from moepp.training.lightning_cli import OneLineParser
+from moepp.training.prepare import prepare as prepare_text
 from moepp.training.provenance import provenance
+from moepp.training.tokens import END_OF_TEXT, TokenFiles, load_tokenizer
 
 
 def run(verb: str, arguments: list[str]) -> None:
@@ -36,8 +37,8 @@ def prepare(
     """
     from rich.console import Console
 
-    folder = tokens.prepare(path, vocab_size, val_fraction, out_root)
-    Console().print(tokens.TokenFiles.open(folder).describe())
+    folder = prepare_text(path, vocab_size, val_fraction, out_root)
+    Console().print(TokenFiles.open(folder).describe())
     print(folder)
 
 
@@ -64,7 +65,7 @@ def generate(
         raise InputError(f"{ckpt}: has no tokenizer; import it with one (moepp import --help)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # an imported tokenizer may have no end of text, or another use for its number
-    end = tokenizer.token_to_id(tokens.END_OF_TEXT)
+    end = tokenizer.token_to_id(END_OF_TEXT)
     ids = [*([] if end is None else [end]), *tokenizer.encode(prompt).ids]
     if max_new_tokens is None:
         max_new_tokens = max(1, min(200, model.config.context_length - len(ids)))
@@ -98,7 +99,7 @@ def import_(folder: str, ckpt: str, tokenizer: str | None = None) -> None:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"tokenizer: {path} is not UTF-8 ({error})") from error
-        tokens.load_tokenizer(text, f"tokenizer: {path}")
+        load_tokenizer(text, f"tokenizer: {path}")
     if Path(ckpt).exists():
         raise InputError(f"ckpt: {ckpt} exists already; name another file or remove it")
     meta = {

@@ -15,7 +15,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from moepp.model.errors import InputError
-from moepp.training.tokens import END_OF_TEXT_ID, MOST_TOKENS, TokenFiles, padded_vocab_size, prepare
+from moepp.training.prepare import prepare
+from moepp.training.tokens import END_OF_TEXT_ID, MOST_TOKENS, TokenFiles, padded_vocab_size
 
 IGNORE = -100  # a target that is none: what torch's cross-entropy ignores
 

@@ -18,17 +18,11 @@ from hypothesis import strategies as st
 from moepp.model.errors import InputError
 from moepp.training import corpus, wheels
 from moepp.training.corpus import open_source
+from tests.training.conftest import one_line
 
 
 def documents(path: Path | str) -> list[tuple[str, str]]:
     return list(open_source(str(path)).documents())
-
-
-def one_line(error: pytest.ExceptionInfo[InputError], *parts: str) -> None:
-    message = str(error.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
 
 
 # ---- files -----------------------------------------------------------------------------------------------------

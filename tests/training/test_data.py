@@ -17,7 +17,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from moepp.model.errors import InputError
 from moepp.training.data import IGNORE, TokenDataModule, TrainOrder, _ValWindows
-from moepp.training.tokens import TokenFiles, prepare
+from moepp.training.prepare import prepare
+from moepp.training.tokens import TokenFiles
+from tests.training.conftest import one_line
 
 S, B = 16, 4
 
@@ -44,13 +46,6 @@ def opened(folder: str, **options: object) -> TokenDataModule:
     data.prepare_data()
     data.setup()
     return data
-
-
-def one_line(error: pytest.ExceptionInfo[InputError], *parts: str) -> None:
-    message = str(error.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
 
 
 # ---- training order --------------------------------------------------------------------------------------------
