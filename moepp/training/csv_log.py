@@ -30,7 +30,7 @@ class CSVLog(Logger):
                     if row["step"] and None not in row.values():
                         self.rows[int(row["step"])] = {name: value for name, value in row.items() if value != ""}
                 self.columns = list(reader.fieldnames or self.columns)
-        self.last_row_at = 0  # where the last row begins in the file
+        self.last_row_at: int | None = None  # in the file; None: unknown, the file may be another run's, cut short
 
     @property
     def name(self) -> str:
@@ -50,7 +50,8 @@ class CSVLog(Logger):
         new_columns = [name for name in metrics if name not in self.columns]
         known_step = step in self.rows
         self.rows[step] = self.rows.get(step, {"step": step}) | metrics
-        if new_columns or not self.path.exists() or (known_step and step != next(reversed(self.rows))):
+        last_step = step == next(reversed(self.rows))
+        if self.last_row_at is None or new_columns or not last_step or not self.path.exists():
             self.columns += new_columns
             self.rewrite()
             return
