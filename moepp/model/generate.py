@@ -42,21 +42,26 @@ def generate(
             f"a prompt of {len(prompt_S)} tokens and max_new_tokens={max_new_tokens} do not fit the model's "
             f"context of {context}: ask for at most {max(context - len(prompt_S), 0)}"
         )
-    generator = torch.Generator(prompt_S.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     caches = [KVCache() for _ in model.blocks] if use_cache else None
     training = model.training
     model.eval()
     tokens = unseen = prompt_S[None]
-    for _ in range(max_new_tokens):
-        logits_V = model(unseen, caches).logits[0, -1].float()
-        if not logits_V.isfinite().all():
-            raise InputError("the model's output is not finite: its weights are damaged, or its training diverged")
-        token = sample(logits_V, temperature, top_p, generator)
-        tokens = torch.cat((tokens, token.view(1, 1)), dim=1)
-        unseen = token.view(1, 1) if use_cache else tokens
-        if int(token) == stop:
-            break
-    model.train(training)
+    try:
+        with torch.compiler.set_stance("force_eager"):  # compiled blocks would be compiled anew for every length
+            for _ in range(max_new_tokens):
+                logits_V = model(unseen, caches).logits[0, -1].float().cpu()  # CUDA's cumsum is not deterministic
+                if not logits_V.isfinite().all():
+                    raise InputError(
+                        "the model's output is not finite: its weights are damaged, or its training diverged"
+                    )
+                token = sample(logits_V, temperature, top_p, generator).to(tokens.device)
+                tokens = torch.cat((tokens, token.view(1, 1)), dim=1)
+                unseen = token.view(1, 1) if use_cache else tokens
+                if int(token) == stop:
+                    break
+    finally:
+        model.train(training)
     return tokens[0]
 
 

@@ -64,7 +64,7 @@ class Plan:
         rows_TKD = rows_RD[self.row_TK].where(self.computed_TK[:, :, None], 0.0)  # no product: NaN · 0 is NaN
         if gates_TK is not None:
             rows_TKD = rows_TKD * gates_TK[:, :, None].to(rows_TKD.dtype)
-        return rows_TKD.sum(1)
+        return rows_TKD.sum(1, dtype=rows_TKD.dtype)  # autocast on CUDA would return float32
 
 
 class Dispatch(torch.autograd.Function):

@@ -79,7 +79,7 @@ class Router(nn.Module):
         dtype = torch.promote_types(x_BSD.dtype, torch.float32)
         with torch.autocast(x_BSD.device.type, enabled=False):
             logits_TE = F.linear(x_BSD.flatten(0, 1).to(dtype), self.weights[0].to(dtype))
-            for weight in self.weights[1:]:
+            for weight in list(self.weights)[1:]:  # torch 2.11 cannot trace a slice of a ParameterList
                 logits_TE = F.linear(logits_TE.tanh(), weight.to(dtype))
             if self.residual is not None and previous_logits_TE is not None:
                 logits_TE = logits_TE + F.linear(previous_logits_TE, self.residual.to(dtype))

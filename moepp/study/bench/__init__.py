@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+import torch._dynamo
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -65,6 +66,8 @@ def run(verb: str, arguments: list[str]) -> None:
     sizes = SIZES[options.size or ("gpu" if on_gpu else "cpu")]
     at = Setting(sizes, device, rounds=3 if options.quick else 15, seconds=0.0 if options.quick else 6.0)
     keep_freed_memory(device)  # as `moepp fit` does
+    # as many sizes of one layer are compiled; beyond the limit one would run uncompiled, without a word
+    torch._dynamo.config.recompile_limit = 64
     options.out.mkdir(parents=True, exist_ok=True)
     quiet_lightning()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's, which counts memory on a CPU

@@ -4,6 +4,7 @@ T tokens, D hidden size, H intermediate size, E experts, F = n_ffn, K choices a 
 """
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -130,6 +131,7 @@ def to_mixtral(model: Transformer, back_end: str) -> nn.Module:
     `back_end` (eager, batched_mm or grouped_mm)."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
+    cast_for_grouped_mm()
     moe = model.moe_config
     config = MixtralConfig(**sizes(model.config), num_local_experts=moe.n_ffn, num_experts_per_tok=moe.top_k)
     state = dense_state(model)
@@ -141,6 +143,23 @@ def to_mixtral(model: Transformer, back_end: str) -> nn.Module:
     mixtral = MixtralForCausalLM(config)
     mixtral.set_experts_implementation(back_end)
     return filled(mixtral, state)
+
+
+@cache
+def cast_for_grouped_mm() -> None:
+    """Have transformers' `grouped_mm` compute in autocast's dtype, as ours does. Autocast does not know it: with
+    float32 weights it would compute in float32, or compiled by a loop."""
+    from transformers.integrations import moe
+
+    as_it_is = moe._grouped_mm
+
+    def grouped_mm(input: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(weight.device.type):
+            dtype = torch.get_autocast_dtype(weight.device.type)
+            input, weight = input.to(dtype), weight.to(dtype)
+        return as_it_is(input, weight, offs)
+
+    moe._grouped_mm = grouped_mm
 
 
 def to_llama(model: Transformer) -> nn.Module:
