@@ -1,5 +1,8 @@
 """The fast layer against the oracle: output and every gradient, over random configurations and the edges."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -243,3 +246,24 @@ def test_bfloat16_autocast_is_close_to_float32() -> None:
     assert routing16.logits.dtype == routing16.gates.dtype == torch.float32
     assert torch.equal(routing.experts, routing16.experts)  # the router stays in float32
     assert (y16 - y).norm() / y.norm() < 1e-2
+
+
+def test_gates_of_the_released_variants_by_hand() -> None:
+    """`moe_use_mixtral_gating` leaves the zero expert's gate in the sum; `moe_use_logits_norm` first divides the
+    logits by their unbiased standard deviation over `moe_gate_norm_std`."""
+    logits = torch.tensor([[2.0, -1.0, 0.0, 1.0]])  # FFN, constant, copy and zero expert; s.d. 1.29099
+    kinds = {"n_ffn": 1, "n_const": 1, "n_copy": 1, "n_zero": 1}
+
+    def gates(**options: Any) -> tuple[list[int], list[float]]:
+        router = MoELayer(4, 8, MoEConfig(**kinds, **options)).router
+        with torch.no_grad():
+            router.weights[0].copy_(torch.diag(logits[0]))
+            routing = router(torch.ones(1, 1, 4))
+        return routing.experts[0].tolist(), routing.gates[0].tolist()
+
+    first = 1 / (1 + math.exp(-1.0))  # softmax of 2 and 1
+    assert gates() == ([0, 3], [1.0, 0.0])
+    assert gates(renormalize_without_zero=False) == ([0, 3], pytest.approx([first, 1 - first]))
+    normed = 1 / (1 + math.exp(-0.5 / 1.2909944))
+    options = {"renormalize_without_zero": False, "logits_norm_std": 0.5}
+    assert gates(**options) == ([0, 3], pytest.approx([normed, 1 - normed]))

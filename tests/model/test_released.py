@@ -129,3 +129,17 @@ def test_damaged_folders(tmp_path: Path, damage, message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
         load_released(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options", [{"renormalize_without_zero": False}, {"logits_norm_std": 0.5}, {"scale_expert_input": 2.0}]
+)
+def test_variants_survive_export(tmp_path: Path, options: dict) -> None:
+    moe = MoEConfig(n_ffn=4, **options)
+    model = Transformer(TransformerConfig(64, 2, 16, 24, 2, context_length=8), moe).eval()
+    export_released(model, tmp_path)
+    again = load_released(tmp_path)
+    names = ("renormalize_without_zero", "logits_norm_std", "scale_expert_input")
+    assert [getattr(again.moe_config, name) for name in names] == [getattr(moe, name) for name in names]
+    tokens = torch.arange(8).view(1, 8)
+    torch.testing.assert_close(again(tokens).logits, model(tokens).logits)

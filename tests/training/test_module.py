@@ -81,3 +81,19 @@ def test_validation_weighs_tokens_not_batches(monkeypatch: pytest.MonkeyPatch) -
     assert module.perplexity.compute().item() == pytest.approx(expected.exp().item(), rel=1e-5)
     overall, _ = module.bits_per_byte.compute()
     assert overall.item() == pytest.approx(expected.item() / math.log(2), rel=1e-6)
+
+
+def test_the_loss_that_is_trained_holds_beta_times_the_balance_loss() -> None:
+    tokens = torch.randint(64, (2, 8), generator=torch.Generator().manual_seed(0))
+    losses, gradients = [], []
+    for beta in (0.0, 0.5):
+        torch.manual_seed(0)
+        module = LitMoE(TransformerConfig(64, 2, 16, 24, 2), MoEConfig(balance_weight=beta))
+        outputs = module.training_step({"inputs": tokens, "targets": tokens}, 0)
+        outputs["loss"].backward()
+        losses.append(outputs["loss"].item())
+        gradients.append(module.model.blocks[0].moe.router.weights[0].grad)
+    routings = module.model.hidden(tokens)[1]
+    balance = sum(routing.load_balance_loss().item() for routing in routings) / 2
+    assert losses[1] - losses[0] == pytest.approx(0.5 * balance, rel=1e-4)
+    assert (gradients[1] - gradients[0]).norm() > 0.01 * gradients[0].norm()
