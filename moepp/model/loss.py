@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK = 1024  # tokens
 
@@ -50,7 +51,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total / len(hidden_ND)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
-        scale = (grad / len(grad_hidden_ND)).to(grad_hidden_ND.dtype)
+        scale = grad / len(grad_hidden_ND)  # a scalar in float32: it does not promote what it multiplies
         return grad_hidden_ND * scale, grad_weight_VD * scale, None
