@@ -54,7 +54,7 @@ class Variant:
         """Training tokens of one run."""
         trainer, data = self.options["trainer"], self.options["data"]
         per_device = self.steps * trainer["accumulate_grad_batches"] * data["batch_size"] * data["seq_len"]
-        return per_device * (trainer["devices"] if isinstance(trainer["devices"], int) else 1)
+        return per_device * trainer["devices"]
 
     def training_flops(self, ffn_per_token: float | None = None) -> float:
         """FLOPs of one run's training steps, by default with the FFN experts per token that theory expects."""
@@ -165,6 +165,9 @@ def resolve(path: Path, matrix: dict[str, Any], base: Path, overrides: list[str]
             transformer["intermediate_size"] *= study.get("ffn_width", 1)
             if trainer["devices"] == "auto":
                 trainer["devices"] = 1  # the same run on any machine; more GPUs take more runs at once
+            if not str(trainer["devices"]).isdigit():
+                raise InputError(f"trainer.devices: a study needs a number of devices, got {trainer['devices']}")
+            trainer["devices"] = int(trainer["devices"])  # the command line's is a string
             variant = Variant(name, options, study.get("paper") or {}, tuple(study.get("plots", ())))
             if variant.steps < 1:
                 raise InputError(f"trainer.max_steps: a study needs a number of steps, got {variant.steps}")

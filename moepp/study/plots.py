@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ def loss_curves(path: Path, curves: Mapping[str, Sequence[Curve]]) -> None:
     with plt.rc_context(STYLE):
         figure, (by_tokens, by_flops) = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
         late = []  # losses after the steep beginning, which would flatten all that follows
-        for colour, (name, seeds) in zip(COLOURS, curves.items(), strict=False):
+        for colour, (name, seeds) in zip(cycle(COLOURS), curves.items(), strict=False):
             # a curve per seed, all validated at the same steps
             losses = np.stack([curve.loss for curve in seeds])
             mean, late_from = losses.mean(0), max(0, min(losses.shape[1] // 3, losses.shape[1] - 2))
@@ -120,7 +121,7 @@ def tau(
     """Expert-forward speed-up against τ: measured here, ideal for these sizes, and the paper's by model size."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7, 4.4))
-        for colour, marker, (size, values) in zip(COLOURS[2:], "svDP", paper.items(), strict=False):
+        for colour, marker, (size, values) in zip(cycle(COLOURS[2:]), cycle("svDP"), paper.items(), strict=False):
             taus = sorted(values)
             axes.plot(
                 taus,
