@@ -41,7 +41,8 @@ class BadSteps(L.Callback):
         bad = pl_module.bad_step
         self.total = self.total.to(bad.device) + bad
         self.in_a_row = (self.in_a_row.to(bad.device) + 1) * bad
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if due or trainer.global_step == trainer.max_steps:
             for logger in trainer.loggers:
                 logger.log_metrics({"train/skipped_steps": float(self.total)}, step=trainer.global_step)
             if self.in_a_row >= pl_module.optim.max_bad_steps:

@@ -37,22 +37,24 @@ class Monitor(L.Callback):
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.logged_step = 0
+        self.logged_step = self.tokens = 0
         self.clock = self.paused = 0.0
         self.last_validation = ""
         self.watch = CollapseWatch()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": dict(self.sums), "logged_step": self.logged_step, "watch": self.watch.looks}
+        kept = {"logged_step": self.logged_step, "tokens": self.tokens}
+        return {"sums": dict(self.sums), **kept, "watch": self.watch.looks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.sums, self.logged_step = dict(state_dict["sums"]), state_dict["logged_step"]
+        self.tokens = state_dict["tokens"]
         self.watch.looks = state_dict["watch"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LitMoE) -> None:  # type: ignore[override]
         self.clock, self.begun, self.begun_step = time.perf_counter(), time.perf_counter(), trainer.global_step
         # sums of the process that this one continues belong to the means, not to this one's speed
-        self.batches_before = float(self.sums.get("batches", 0.0))
+        self.tokens_before = float(self.sums.get("tokens", 0.0))
         for logger in trainer.loggers:
             if isinstance(logger, CSVLog):
                 logger.rewind(trainer.global_step)
@@ -60,27 +62,28 @@ class Monitor(L.Callback):
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: LitMoE, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
-        for name, value in (outputs | {"batches": torch.ones(())}).items():
+        n_tokens = torch.tensor(float(batch["inputs"].numel()))
+        for name, value in (outputs | {"batches": torch.ones(()), "tokens": n_tokens}).items():
             self.sums[name] = self.sums[name].to(value.device) + value if name in self.sums else value.clone()
         due = trainer.global_step >= self.logged_step + trainer.log_every_n_steps  # type: ignore[attr-defined]
         if due or trainer.global_step == trainer.max_steps > self.logged_step:
-            self.report(trainer, pl_module, tokens_per_batch=batch["inputs"].numel())
+            self.report(trainer, pl_module)
 
-    def report(self, trainer: L.Trainer, model: LitMoE, tokens_per_batch: int) -> None:
+    def report(self, trainer: L.Trainer, model: LitMoE) -> None:
+        n_batches, n_tokens = float(self.sums.pop("batches")), float(self.sums.pop("tokens"))  # of each device
         sums = {
             name: trainer.strategy.reduce(value.float(), reduce_op="mean") for name, value in self.sums.items()
         }
-        n_batches = float(sums.pop("batches"))
+        self.tokens += round(n_tokens) * trainer.world_size
         counts_LE = sums.pop("tokens_per_expert_LE")
         del sums["loss"]  # Lightning has divided it by accumulate_grad_batches
         means = {f"train/{name}": float(value) / n_batches for name, value in sums.items()}
         balance_scaled = model.moe.balance_weight * means["train/balance"]
-        n_tokens = tokens_per_batch * n_batches
         shares_E = counts_LE.sum(0) / counts_LE.sum()
         ffn_LF = counts_LE[:, model.moe.kinds["ffn"]]
         ffn_per_token = n_batches * means.pop("train/ffn_assignments") / (model.transformer.n_layers * n_tokens)
         now = time.perf_counter()
-        timed_tokens = trainer.world_size * tokens_per_batch * (n_batches - self.batches_before)
+        timed_tokens = trainer.world_size * (n_tokens - self.tokens_before)
         tokens_per_second = timed_tokens / (now - self.clock - self.paused)
         seq_len = trainer.datamodule.seq_len  # type: ignore[attr-defined]
         flops = 3 * flops_per_token(model.transformer, model.moe, seq_len, ffn_per_token)
@@ -90,7 +93,7 @@ class Monitor(L.Callback):
             "train/loss": means["train/cross_entropy"] + balance_scaled,
             "train/gradient_norm": float(model.gradient_norm),
             "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "train/tokens": float(batches_trained(trainer)) * tokens_per_batch * trainer.world_size,
+            "train/tokens": self.tokens,
             "routing/ffn_per_token": ffn_per_token,
             **{f"routing/share/{kind}": float(shares_E[where].sum()) for kind, where in model.moe.kinds.items()},
             "routing/imbalance": float((ffn_LF.amax(1) / ffn_LF.mean(1)).mean()),
@@ -105,7 +108,7 @@ class Monitor(L.Callback):
         for warning in self.watch.look(counts_LE, n_tokens, model.moe):
             say(trainer, warning)
         self.sums, self.logged_step = {}, trainer.global_step
-        self.clock, self.paused, self.batches_before = time.perf_counter(), 0.0, 0.0
+        self.clock, self.paused, self.tokens_before = time.perf_counter(), 0.0, 0.0
 
     def print_status(self, trainer: L.Trainer, metrics: dict[str, float], top_k: int) -> None:
         step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
@@ -217,12 +220,6 @@ class Summary(L.Callback):
 def peak_flops(device: torch.device, precision: str) -> int | None:
     """The device's peak in FLOP/s at this precision, None where nobody has written it down."""
     return get_available_flops(device, DTYPES.get(precision, torch.float32)) if device.type == "cuda" else None
-
-
-def batches_trained(trainer: L.Trainer) -> int:
-    """Micro-batches of one device, over all epochs and all processes of the run."""
-    total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
-    return total.processed
 
 
 def device_name(device: torch.device) -> str:

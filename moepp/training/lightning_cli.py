@@ -7,7 +7,8 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,7 +39,7 @@ from moepp.training.tokens import padded_vocab_size
 TRAINER_DEFAULTS = {
     "max_epochs": -1,  # max_steps decides
     "max_steps": 1000,
-    "check_val_every_n_epoch": None,  # val_check_interval counts steps, across epochs
+    "check_val_every_n_epoch": None,  # val_check_interval counts batches, across epochs
     "gradient_clip_val": 1.0,
     "log_every_n_steps": 10,
     "num_sanity_val_steps": 0,
@@ -134,8 +135,7 @@ class MoECLI(LightningCLI):
             kwargs["precision"] = "bf16-mixed" if bf16 and config["accelerator"] != "cpu" else "32-true"
         if config["accelerator"] == "auto" and not torch.cuda.is_available():
             kwargs["accelerator"] = "cpu"  # Apple's MPS has no float64, which bits per byte is summed in
-        if config["max_steps"] == config["max_epochs"] == -1 and config["max_time"] is None:
-            raise InputError("trainer.max_steps: say when to stop, with max_steps, max_epochs or max_time")
+        self.require_possible(config)
         if config["enable_progress_bar"] is None:
             kwargs["enable_progress_bar"] = sys.stdout.isatty()
         if self.subcommand != "fit":
@@ -152,6 +152,22 @@ class MoECLI(LightningCLI):
             if isinstance(error, InputError):
                 raise
             raise InputError(f"trainer: {str(error).splitlines()[0]}") from error
+
+    def require_possible(self, config: Any) -> None:
+        """Raise an InputError for what Lightning takes, but a run of ours cannot be trained with."""
+        if config["max_steps"] == config["max_epochs"] == -1:
+            raise InputError(
+                "trainer.max_steps: say when to stop, with max_steps or max_epochs: the learning rate's schedule "
+                "has to know (max_time may stop it earlier)"
+            )
+        if config["log_every_n_steps"] < 1:
+            raise InputError(f"trainer.log_every_n_steps: must be at least 1, got {config['log_every_n_steps']}")
+        every, accumulate = config["val_check_interval"], config["accumulate_grad_batches"]
+        if isinstance(every, int) and accumulate > 1 and every % accumulate:
+            raise InputError(
+                f"trainer.val_check_interval: {every} batches end amid a step, where no checkpoint can "
+                f"be written: take a multiple of accumulate_grad_batches={accumulate}"
+            )
 
     def observers(self, config: Any, begun: dict[str, Any] | None, progress_bar: bool) -> dict[str, Any]:
         """The trainer's loggers, callbacks and way to write checkpoints: all that writes to the run's folder."""
@@ -178,7 +194,7 @@ class MoECLI(LightningCLI):
     def forget_run_dir(self) -> None:
         """Leave nothing behind of a run that never took a step."""
         os.environ.pop(RUN_DIR, None)
-        if self.claimed and not (self.run_dir / "metrics.csv").exists():
+        if self.claimed and not (self.run_dir / "metrics.csv").exists() and not step_checkpoints(self.run_dir):
             shutil.rmtree(self.run_dir)
 
     def read_begun(self) -> dict[str, Any] | None:
@@ -238,22 +254,9 @@ class MoECLI(LightningCLI):
             os.environ.pop(RUN_DIR, None)
 
     def train(self, model: LitMoE, datamodule: TokenDataModule, **kwargs: Any) -> None:
-        """Lightning restores what a checkpoint holds part by part, and each fails in its own way on a wrong one.
-
-        Raises:
-            InputError: the checkpoint holds what no run of ours has written.
-        """
         keep_freed_memory(self.trainer.strategy.root_device)
-        try:
+        with naming_checkpoint(kwargs.get("ckpt_path"), "continued", lambda: model.training_begun):
             self.trainer.fit(model, datamodule=datamodule, **kwargs)
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            ours = isinstance(error, InputError | torch.OutOfMemoryError) or model.training_begun
-            if ours or kwargs.get("ckpt_path") is None:
-                raise
-            raise InputError(
-                f"{kwargs['ckpt_path']}: cannot be continued, what it holds is not a run's state "
-                f"({type(error).__name__}: {error})"
-            ) from error
 
     def validate(self, **kwargs: Any) -> None:
         self.evaluate(self.trainer.validate, **kwargs)
@@ -266,7 +269,8 @@ class MoECLI(LightningCLI):
         if ckpt_path is None:
             raise InputError("ckpt_path: name the checkpoint, for example runs/moepp/1/checkpoints/best.ckpt")
         self.trainer.limit_val_batches = self.trainer.limit_test_batches = 1.0
-        run(ckpt_path=ckpt_path, **kwargs | {"verbose": False})
+        with naming_checkpoint(ckpt_path, "evaluated", lambda: self.model.evaluation_begun):
+            run(ckpt_path=ckpt_path, **kwargs | {"verbose": False})
         for name, value in self.trainer.callback_metrics.items():
             print(f"{name:<40} {value:.4f}")
 
@@ -298,6 +302,23 @@ class MoECLI(LightningCLI):
             f"{self.run_dir}: {parameters.total / 1e6:.1f}M parameters, "
             f"about {active / 1e6:.1f}M active per token, {self.trainer.precision} on {device}",
         )
+
+
+@contextmanager
+def naming_checkpoint(path: str | None, use: str, begun: Callable[[], bool]) -> Iterator[None]:
+    """Lightning restores what a checkpoint holds part by part, and each fails in its own way on a wrong one.
+
+    Raises:
+        InputError: before the work has begun: the checkpoint holds what no run of ours has written.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if path is None or begun() or isinstance(error, InputError | torch.OutOfMemoryError):
+            raise
+        raise InputError(
+            f"{path}: cannot be {use}, what it holds is not a run's state ({type(error).__name__}: {error})"
+        ) from error
 
 
 def require_sections(options: Any) -> None:

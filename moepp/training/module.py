@@ -93,7 +93,8 @@ class LitMoE(L.LightningModule):
                 block.compile()
         self.gradient_norm = torch.tensor(float("nan"))
         self.config_text = ""  # every option of the run, for its checkpoints
-        self.training_begun = False  # a first step has been taken with what a checkpoint held
+        # a first step, a first batch has come through with what a checkpoint held
+        self.training_begun = self.evaluation_begun = False
         self.bad_step = torch.zeros(())  # 1: the last optimizer step was skipped
 
     def setup(self, stage: str) -> None:
@@ -131,7 +132,8 @@ class LitMoE(L.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         output = self.model(batch["inputs"])
         logits_BSV, targets_BS = output.logits.float(), batch["targets"]
-        nats_BS = F.cross_entropy(logits_BSV.transpose(1, 2), targets_BS, ignore_index=-100, reduction="none")
+        logits_NV, targets_N = logits_BSV.flatten(0, 1), targets_BS.flatten()
+        nats_BS = F.cross_entropy(logits_NV, targets_N, ignore_index=-100, reduction="none").view_as(targets_BS)
         n_tokens = (targets_BS != -100).sum()
         # among several devices one may have been left a batch without any target
         self.val_loss.update(nats_BS.sum() / n_tokens.clamp(min=1), n_tokens)
@@ -140,6 +142,7 @@ class LitMoE(L.LightningModule):
         ffn_LT = torch.stack([routing.computed().sum(1) for routing in output.routings])
         ffn_per_token = ffn_LT[:, targets_BS.flatten() != -100].sum() / (len(ffn_LT) * n_tokens.clamp(min=1))
         self.val_ffn_per_token.update(ffn_per_token, n_tokens)
+        self.evaluation_begun = True
 
     def on_validation_epoch_end(self) -> None:
         # "final" is on all held-out text, "val" on what limit_val_batches leaves of it
@@ -195,10 +198,10 @@ class LitMoE(L.LightningModule):
         self.bad_step = (~self.gradient_norm.isfinite()).float()
         if optimizer.defaults["fused"]:  # else the gradient scaler of fp16 sees to it
             optimizer.found_inf = self.bad_step  # type: ignore[attr-defined]  # 1: AdamW does nothing, on the device
-        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+        elif gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.gradient_norm)
-        else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_start(self) -> None:
         """The optimizer's state is a checkpoint's, its settings are what the options say now."""

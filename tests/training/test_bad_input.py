@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moepp.cli import main
+from moepp.training.checkpoint import read_checkpoint, step_path, write_checkpoint
 from tests.conftest import tiny
 
 
@@ -60,6 +61,7 @@ def snapshot() -> dict[str, bytes]:
         ("--model.moe.balance_weight=.inf", "moe.balance_weight: must lie between -1e9 and 1e9, got inf"),
         ("--model.transformer.hidden_size=1000000", "a model of these sizes needs"),
         ("--data.vocab_size=1000000000000", "vocab_size: must lie between"),
+        ("--trainer.log_every_n_steps=0", "trainer.log_every_n_steps: must be at least 1, got 0"),
         ("--data.num_workers=1000000", "data.num_workers must be at most 1024"),
         ("--data.seed=9223372036854775808", "data.seed must be at most"),
         ("--data.path=\udcff.txt", "is not UTF-8"),
@@ -158,6 +160,29 @@ def test_checkpoints(text_file: Path, workdir: Path, capsys) -> None:
 
 
 def test_verbs(workdir: Path, capsys) -> None:
-    assert "unknown verb 'trian'" in refused(capsys, "trian")
+    assert "trian: is no verb, use one of fit" in refused(capsys, "trian")
     assert "train first" in refused(capsys, "generate")
     assert "nowhere" in refused(capsys, "import", "nowhere", "out.ckpt")
+
+
+def test_a_run_ended_by_time_alone(text_file: Path, workdir: Path, capsys) -> None:
+    options = ["--trainer.max_steps=-1", "--trainer.max_time=00:00:01:00"]
+    assert "trainer.max_steps: say when to stop" in refused(capsys, "fit", *tiny(text_file), *options)
+
+
+def test_a_validation_amid_a_step(text_file: Path, workdir: Path, capsys) -> None:
+    options = ["--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=4"]
+    message = "trainer.val_check_interval: 4 batches end amid a step"
+    assert message in refused(capsys, "fit", *tiny(text_file), *options)
+
+
+@pytest.mark.parametrize("spoiled", ["config", "weight"])
+def test_a_checkpoint_of_wrong_content_is_not_evaluated(
+    text_file: Path, workdir: Path, capsys, spoiled: str
+) -> None:
+    assert main(["fit", *tiny(text_file), "--trainer.max_steps=1"]) == 0
+    content = read_checkpoint(step_path(Path("runs/moepp/1"), 1))
+    part, key = ("moepp", "moe") if spoiled == "config" else ("state_dict", "model.norm.weight")
+    del content[part][key]
+    write_checkpoint(Path("bad.ckpt"), content)
+    assert "bad.ckpt: cannot be evaluated" in refused(capsys, "validate", *tiny(text_file), "--ckpt_path=bad.ckpt")

@@ -80,3 +80,13 @@ def test_bad_steps_apart_do_not_end_the_run(
 ) -> None:
     spoil(monkeypatch, "nan loss", {2, 3, 5, 6})
     assert main(["fit", *tiny(text_file), "--trainer.max_steps=8", "--model.optim.max_bad_steps=3"]) == 0
+
+
+def test_a_run_that_ends_before_metrics_are_due_is_looked_at_too(
+    text_file: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, "nan loss", {2, 3, 4, 5})
+    options = ["--trainer.max_steps=5", "--trainer.log_every_n_steps=100", "--model.optim.max_bad_steps=3"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", *tiny(text_file), *options])
+    assert "not finite in 4 steps in a row, up to step 5" in stopped.value.code

@@ -162,3 +162,20 @@ def test_a_resumed_run_is_the_same_run(
     ]
     assert [row["step"] for row in rows[0]] == ["3", "6", "9", "10"]
     assert rows[0] == rows[1]
+
+
+def test_a_finished_run_resumed_keeps_its_metrics(text_file: Path, workdir: Path) -> None:
+    options = [*tiny(text_file), "--trainer.max_steps=5", "--trainer.val_check_interval=2"]
+    assert main(["fit", *options]) == 0
+    before = read_csv(Path("runs/moepp/1"))
+    assert main(["fit", *options, "--ckpt_path=last"]) == 0
+    assert read_csv(Path("runs/moepp/1")) == before
+
+
+def test_tokens_are_counted_where_the_batch_size_changes(text_file: Path, workdir: Path) -> None:
+    options = [*tiny(text_file), "--data.batch_size=4"]
+    assert main(["fit", *options, "--trainer.max_steps=3"]) == 0
+    resumed = ["--data.batch_size=8", "--trainer.max_steps=5", "--ckpt_path=last"]
+    assert main(["fit", *options, *resumed]) == 0
+    rows = read_csv(Path("runs/moepp/1"))
+    assert [float(row["train/tokens"]) / 32 for row in rows] == [4, 8, 12, 20, 28]

@@ -4,11 +4,13 @@ import os
 import signal
 from pathlib import Path
 
+import lightning as L
 import pytest
 
 from moepp.cli import main
-from moepp.training.checkpoint import read_checkpoint, step_path
+from moepp.training.checkpoint import last_checkpoint, read_checkpoint, step_path
 from moepp.training.module import LitMoE
+from moepp.training.saving import Checkpoints
 from tests.conftest import read_csv, tiny
 
 
@@ -80,3 +82,19 @@ def test_a_signal_does_not_wait_for_a_validation(
     best = [read_checkpoint(Path(f"runs/moepp/{n}/checkpoints/best.ckpt"))["global_step"] for n in (1, 2)]
     assert best[0] == best[1]
     assert step_path(Path("runs/moepp/2"), 3).is_file()
+
+
+def test_a_full_disk_costs_no_checkpoint_of_a_run_that_logs_nothing(
+    text_file: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Checkpoints.save
+
+    def save(self: Checkpoints, trainer: L.Trainer, validation_due: bool = False) -> Path:
+        if trainer.global_step == 4:
+            raise OSError(28, "No space left on device")
+        return whole(self, trainer, validation_due)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    options = [*tiny(text_file), "--trainer.logger=false", "--checkpoints.every_n_steps=1"]
+    assert main(["fit", *options, "--trainer.max_steps=6"]) == 2
+    assert last_checkpoint(Path("runs/moepp/1")) == step_path(Path("runs/moepp/1"), 3)
