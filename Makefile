@@ -56,8 +56,8 @@ $(VENV)/.bench: $(VENV)/.done
 resume: setup ## continue the newest run of RECIPE
 	$(MOEPP) fit --config $(RECIPE) $(DATA_ARG) --ckpt_path last $(ARGS)
 
-generate: setup ## PROMPT="…": text from the newest checkpoint
-	@$(MOEPP) generate --prompt="$$PROMPT" $(ARGS)
+generate: setup ## PROMPT="…": text from the newest checkpoint, or from CKPT=…
+	@$(MOEPP) generate --prompt="$$PROMPT" $(if $(CKPT),--ckpt='$(CKPT)') $(ARGS)
 
 test: setup ## the test suite, on all cores
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)

@@ -33,15 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"moepp {__version__}")
         return 0
     if verb not in VERBS:
-        return fail(f"unknown verb {verb!r}: use one of {', '.join(VERBS)}")
+        return fail(f"{verb}: is no verb, use one of {', '.join(VERBS)}")
     for argument in rest:
         if any("\ud800" <= letter <= "\udfff" for letter in argument):  # how Python marks bytes that are no text
             return fail(f"{verb}: {argument!r} is not UTF-8")
-    from moepp.model.errors import InputError
-
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # torch's own switch for large pages under large tensors: 2 to 11 % of a training step on a CPU
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    from moepp.model.errors import InputError  # with torch, which reads these
+
     module, function, _ = VERBS[verb]
     try:
         getattr(importlib.import_module(module), function)(verb, rest)
