@@ -116,6 +116,22 @@ def test_mixtral_is_vanilla_moe(at: Setting, back_end: str) -> None:
         peers.check("logits", theirs.logits(), ours.logits())
 
 
+def test_mixtral_computes_grouped_mm_in_bf16_under_autocast(at: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = pytest.importorskip("transformers.integrations.moe")
+    mixtral = steps.Models(at, 2, 16).mixtral("grouped_mm")
+    seen = set()
+    can_use = moe._can_use_grouped_mm
+
+    def spy(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> bool:
+        seen.update((input.dtype, weight.dtype))
+        return can_use(input, weight, offs)
+
+    monkeypatch.setattr(moe, "_can_use_grouped_mm", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixtral.loss()
+    assert seen == {torch.bfloat16}
+
+
 def test_llama_is_one_wide_expert(at: Setting) -> None:
     pytest.importorskip("transformers")
     models = steps.Models(at, 2, 16)

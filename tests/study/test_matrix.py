@@ -72,6 +72,11 @@ def test_the_seed_reaches_weights_and_data(tmp_path: Path) -> None:
     assert (fixed.options["seed_everything"], fixed.options["data"]["seed"]) == (1, 5)
 
 
+def test_tokens_of_all_devices_are_counted() -> None:
+    one, two = (load("compare.yaml", [f"--trainer.devices={n}"]).reference.tokens for n in (1, 2))
+    assert two == 2 * one
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -101,6 +106,7 @@ def test_the_seed_reaches_weights_and_data(tmp_path: Path) -> None:
         ({"sedes": 3}, "unknown key 'sedes'"),
         ({"base": "nothing.yaml"}, "nothing.yaml does not exist"),
         ({"variants": {"a": {"trainer": {"default_root_dir": "x"}}}}, "trainer.default_root_dir: .* its own"),
+        ({"variants": {"a": {"trainer": {"devices": [0, 1]}}}}, "trainer.devices: .* number of devices"),
         ({"variants": {"a": {"trainer": {"max_steps": -1}}}}, "trainer.max_steps: .* number of steps"),
     ],
 )
