@@ -92,6 +92,7 @@ class Finding:
         measure: what stands for it here, with its unit.
         estimate: of a scalar.
         threshold: the claim holds above it.
+        smallest: it does not hold below it, by default the threshold. Between them the text is too short to tell.
     """
 
     number: int
@@ -99,13 +100,16 @@ class Finding:
     measure: str
     estimate: Estimate
     threshold: float
+    smallest: float | None = None
 
     @property
     def holds(self) -> str:
-        """`yes` where the whole interval is above the threshold, `no` where it is below, else `cannot tell`."""
+        """`yes` where the whole interval is above the threshold, `no` where it is below the smallest value that
+        would count, else `cannot tell`."""
         if self.estimate.low > self.threshold:
             return "yes"
-        return "no" if self.estimate.high < self.threshold else "cannot tell"
+        smallest = self.threshold if self.smallest is None else self.smallest
+        return "no" if self.estimate.high < smallest else "cannot tell"
 
     def row(self) -> dict[str, Any]:
         """Of findings.csv."""
@@ -121,6 +125,7 @@ def findings(bootstrap: Bootstrap) -> list[Finding]:
         "Jensen–Shannon divergence of the domains' expert distributions, mean over layers, less chance (bits)",
         bootstrap.above_chance(Sums.divergence),
         max(SMALLEST_DIVERGENCE, float(bootstrap.shuffled(Sums.divergence))),
+        SMALLEST_DIVERGENCE,
     )
     if bootstrap.sums.moe.n_zero_computation == 0:
         return [divergence]
@@ -159,6 +164,7 @@ def findings(bootstrap: Bootstrap) -> list[Finding]:
             "variance between domains of FFN experts per token, less chance",
             bootstrap.above_chance(Sums.spread),
             max(SMALLEST_SPREAD, float(bootstrap.shuffled(Sums.spread))),
+            SMALLEST_SPREAD,
         ),
         Finding(
             4,

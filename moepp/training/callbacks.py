@@ -39,7 +39,6 @@ class Monitor(L.Callback):
         self.sums: dict[str, Tensor] = {}
         self.logged_step = self.tokens = 0
         self.clock = self.paused = 0.0
-        self.last_validation = ""
         self.watch = CollapseWatch()
 
     def state_dict(self) -> dict[str, Any]:
@@ -116,7 +115,6 @@ class Monitor(L.Callback):
         parts = [
             f"step {step:>{len(str(total))}}/{total}",
             f"loss {metrics['train/cross_entropy']:.3f}",
-            self.last_validation,
             f"FFN {metrics['routing/ffn_per_token']:.2f} of {top_k}",
             f"imbalance {metrics['routing/imbalance']:.2f}",
             f"{metrics['speed/tokens_per_second']:,.0f} tokens/s",
@@ -127,12 +125,14 @@ class Monitor(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.validation_start = time.perf_counter()
+        if trainer.state.fn != "fit":
+            say(trainer, "validating on all held-out text")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.paused += time.perf_counter() - self.validation_start
-        metrics = trainer.callback_metrics
-        if "val/loss" in metrics:
-            self.last_validation = f"val {metrics['val/loss']:.3f} ({metrics['val/bits_per_byte']:.3f} bits/byte)"
+        if trainer.state.fn == "fit":
+            loss, bits = (trainer.callback_metrics[f"val/{name}"] for name in ("loss", "bits_per_byte"))
+            say(trainer, f"validated after step {trainer.global_step}: {loss:.3f} nats, {bits:.3f} bits/byte")
 
 
 class Summary(L.Callback):

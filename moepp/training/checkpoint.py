@@ -36,8 +36,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: missing, damaged, or not written by moepp.
     """
+    if Path(path).is_dir():
+        raise InputError(f"checkpoint: {path} is a folder: name a file, such as {path}/checkpoints/best.ckpt")
     if not Path(path).is_file():
-        raise InputError(f"ckpt_path: {path} does not exist")
+        raise InputError(f"checkpoint: {path} does not exist")
     if (damage := find_damage(path)) is not None:
         raise InputError(f"{path}: is damaged, or no checkpoint ({damage})")
     try:

@@ -130,6 +130,7 @@ class MoECLI(LightningCLI):
         """Fill in what depends on the machine and the run: precision, folder, loggers, callbacks."""
         config = self._get(self.config_init, "trainer")
         begun = self.read_begun()
+        self.begun_step = begun["global_step"] if begun else 0
         if config["precision"] is None:
             bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
             kwargs["precision"] = "bf16-mixed" if bf16 and config["accelerator"] != "cpu" else "32-true"
@@ -241,6 +242,11 @@ class MoECLI(LightningCLI):
         try:
             model.config_text = self.save_config()
             self.announce(model)
+            if self.begun_step >= config["max_steps"] > 0:
+                say(
+                    self.trainer,
+                    f"finished at step {self.begun_step} already: a larger --trainer.max_steps goes on",
+                )
             self.train(model, datamodule, **kwargs)
             if self.trainer.state.finished and not config["fast_dev_run"]:
                 if self.checkpoints is not None:

@@ -140,6 +140,10 @@ def _write_tokens(
     tokenizer_json = tokenizer.to_str(pretty=True)
     _write(folder / "tokenizer.json", tokenizer_json.encode())
 
+    learnt = tokenizer.get_vocab_size()
+    if progress and 2 * learnt < vocab_size:
+        print(f"the text gives {learnt:,} tokens; of vocab_size={vocab_size:,} the rest will stand unused")
+
     padded = padded_vocab_size(vocab_size)
     dtype = "uint16" if padded <= 1 << 16 else "uint32"
     with _phase("encoding", int(documents.bytes.sum()), progress) as advance:

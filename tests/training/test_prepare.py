@@ -224,3 +224,11 @@ def test_a_line_a_phase_without_a_terminal(tmp_path: Path, capsys: pytest.Captur
     make(tmp_path, progress=True)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" ... ")[0] for line in lines] == ["reading text", "training the tokenizer", "encoding"]
+
+
+def test_a_vocabulary_that_the_text_cannot_fill_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_text(tmp_path / "text", {"a": 5})
+    make(tmp_path, progress=True, vocab_size=5000)
+    assert "of vocab_size=5,000 the rest will stand unused" in capsys.readouterr().out

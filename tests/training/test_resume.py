@@ -164,11 +164,15 @@ def test_a_resumed_run_is_the_same_run(
     assert rows[0] == rows[1]
 
 
-def test_a_finished_run_resumed_keeps_its_metrics(text_file: Path, workdir: Path) -> None:
+def test_a_finished_run_resumed_keeps_its_metrics(text_file: Path, workdir: Path, capsys) -> None:
     options = [*tiny(text_file), "--trainer.max_steps=5", "--trainer.val_check_interval=2"]
     assert main(["fit", *options]) == 0
     before = read_csv(Path("runs/moepp/1"))
+    said = capsys.readouterr().out
+    for step, row in ((2, before[1]), (4, before[3])):
+        assert f"validated after step {step}: {float(row['val/loss']):.3f} nats" in said
     assert main(["fit", *options, "--ckpt_path=last"]) == 0
+    assert "finished at step 5 already: a larger --trainer.max_steps goes on" in capsys.readouterr().out
     assert read_csv(Path("runs/moepp/1")) == before
 
 
