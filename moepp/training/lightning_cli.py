@@ -46,6 +46,7 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     "use_distributed_sampler": False,  # TokenDataModule gives every rank its share itself
 }
+PARSER = {"parser_mode": "omegaconf+", "allow_abbrev": False}  # an option that is cut short is a mistake
 RUN_DIR = "MOEPP_RUN_DIR"  # set by the first process of a run for those that it starts
 
 
@@ -66,8 +67,7 @@ def run(verb: str, arguments: list[str]) -> None:
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             parser_class=OneLineParser,
-            parser_kwargs={"parser_mode": "omegaconf+"}
-            | {name: {"parser_mode": "omegaconf+"} for name in subcommands},
+            parser_kwargs=PARSER | dict.fromkeys(subcommands, PARSER),
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=[verb, *arguments],

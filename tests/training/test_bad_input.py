@@ -62,6 +62,7 @@ def snapshot() -> dict[str, bytes]:
         ("--model.moe.balance_weight=.inf", "moe.balance_weight: must lie between -1e9 and 1e9, got inf"),
         ("--model.transformer.hidden_size=1000000", "a model of these sizes needs"),
         ("--data.vocab_size=1000000000000", "vocab_size: must lie between"),
+        ("--trainer.max_step=1", "unrecognized arguments: --trainer.max_step=1 (did you mean trainer.max_steps?)"),
         ("--trainer.log_every_n_steps=0", "trainer.log_every_n_steps: must be at least 1, got 0"),
         ("--data.num_workers=1000000", "data.num_workers must be at most 1024"),
         ("--data.seed=9223372036854775808", "data.seed must be at most"),
