@@ -9,6 +9,7 @@ from moepp.model.transformer import KVCache, Transformer
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # compiled blocks would be compiled anew for every length
 def generate(
     model: Transformer,
     prompt_S: Tensor,
@@ -48,18 +49,17 @@ def generate(
     model.eval()
     tokens = unseen = prompt_S[None]
     try:
-        with torch.compiler.set_stance("force_eager"):  # compiled blocks would be compiled anew for every length
-            for _ in range(max_new_tokens):
-                logits_V = model(unseen, caches).logits[0, -1].float().cpu()  # CUDA's cumsum is not deterministic
-                if not logits_V.isfinite().all():
-                    raise InputError(
-                        "the model's output is not finite: its weights are damaged, or its training diverged"
-                    )
-                token = sample(logits_V, temperature, top_p, generator).to(tokens.device)
-                tokens = torch.cat((tokens, token.view(1, 1)), dim=1)
-                unseen = token.view(1, 1) if use_cache else tokens
-                if int(token) == stop:
-                    break
+        for _ in range(max_new_tokens):
+            logits_V = model(unseen, caches).logits[0, -1].float().cpu()  # CUDA's cumsum is not deterministic
+            if not logits_V.isfinite().all():
+                raise InputError(
+                    "the model's output is not finite: its weights are damaged, or its training diverged"
+                )
+            token = sample(logits_V, temperature, top_p, generator).to(tokens.device)
+            tokens = torch.cat((tokens, token.view(1, 1)), dim=1)
+            unseen = token.view(1, 1) if use_cache else tokens
+            if int(token) == stop:
+                break
     finally:
         model.train(training)
     return tokens[0]

@@ -101,13 +101,13 @@ class Transformer(nn.Module):
         require_memory(config, moe)
         seed = draw_seed()
         self.config, self.moe_config = config, moe
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         device = torch.get_default_device()
-        with torch.device("meta"):  # their weights are drawn once, below
-            blocks = nn.ModuleList(Block(config, moe, first=i == 0) for i in range(config.n_layers))
-        self.blocks = blocks.to_empty(device=device)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        with torch.device("meta"):  # every weight is drawn once, below
+            self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+            self.blocks = nn.ModuleList(Block(config, moe, first=i == 0) for i in range(config.n_layers))
+            self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.to_empty(device=device)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.register_buffer("rope_2Sd", rope_table(config), persistent=False)

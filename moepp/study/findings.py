@@ -91,25 +91,29 @@ class Finding:
         claim: what the paper says.
         measure: what stands for it here, with its unit.
         estimate: of a scalar.
-        threshold: the claim holds above it.
-        smallest: it does not hold below it, by default the threshold. Between them the text is too short to tell.
+        smallest: a value below it would not count.
+        chance: what text without the claimed difference reaches. Above `smallest`, the text is too short to deny.
     """
 
     number: int
     claim: str
     measure: str
     estimate: Estimate
-    threshold: float
-    smallest: float | None = None
+    smallest: float = 0.0
+    chance: float = 0.0
+
+    @property
+    def threshold(self) -> float:
+        """The claim holds above it."""
+        return max(self.smallest, self.chance)
 
     @property
     def holds(self) -> str:
-        """`yes` where the whole interval is above the threshold, `no` where it is below the smallest value that
-        would count, else `cannot tell`."""
+        """`yes` where the whole interval is above the threshold, `no` where it is below what would count, else
+        `cannot tell`."""
         if self.estimate.low > self.threshold:
             return "yes"
-        smallest = self.threshold if self.smallest is None else self.smallest
-        return "no" if self.estimate.high < smallest else "cannot tell"
+        return "no" if self.estimate.high < self.smallest else "cannot tell"
 
     def row(self) -> dict[str, Any]:
         """Of findings.csv."""
@@ -124,8 +128,8 @@ def findings(bootstrap: Bootstrap) -> list[Finding]:
         "domains differ in the experts they choose",
         "Jensen–Shannon divergence of the domains' expert distributions, mean over layers, less chance (bits)",
         bootstrap.above_chance(Sums.divergence),
-        max(SMALLEST_DIVERGENCE, float(bootstrap.shuffled(Sums.divergence))),
         SMALLEST_DIVERGENCE,
+        float(bootstrap.shuffled(Sums.divergence)),
     )
     if bootstrap.sums.moe.n_zero_computation == 0:
         return [divergence]
@@ -135,43 +139,38 @@ def findings(bootstrap: Bootstrap) -> list[Finding]:
             "adjacent layers have correlated FFN load",
             "correlation between tokens of the FFN counts in two adjacent layers, mean over pairs",
             bootstrap.estimate(Sums.adjacent_correlation),
-            0.0,
         ),
         Finding(
             1,
             "… as seen by domain",
             "correlation between domains of the FFN experts per token in two adjacent layers, mean over pairs",
             bootstrap.estimate(Sums.adjacent_correlation_of_domains),
-            0.0,
         ),
         Finding(
             1,
             "… more so than layers further apart",
             "correlation between tokens, less its mean over pairs of layers further apart",
             bootstrap.estimate(Sums.adjacent_excess),
-            0.0,
         ),
         Finding(
             2,
             "load varies more across domains in the first and last layer",
             "variance between domains of FFN experts per token, first and last layer less those between",
             bootstrap.estimate(Sums.outer_excess),
-            0.0,
         ),
         Finding(
             3,
             "domains differ in FFN experts per token",
             "variance between domains of FFN experts per token, less chance",
             bootstrap.above_chance(Sums.spread),
-            max(SMALLEST_SPREAD, float(bootstrap.shuffled(Sums.spread))),
             SMALLEST_SPREAD,
+            float(bootstrap.shuffled(Sums.spread)),
         ),
         Finding(
             4,
             "zero experts are chosen most",
             "share of tokens that choose a zero expert, less that of one expert of the next most chosen kind",
             bootstrap.estimate(Sums.zero_excess),
-            0.0,
         ),
         divergence,
     ]

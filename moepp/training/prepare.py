@@ -77,7 +77,7 @@ def prepare(
         raise InputError(f"val_fraction must lie between 0 and 1, not {val_fraction}")
     source = open_source(path)
     recipe = [FORMAT, vocab_size, val_fraction, source.fingerprint]
-    fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+    fingerprint = sha256_of(json.dumps(recipe, sort_keys=True))
     root = Path(out_root)
     folder = root / f"{source.name}-v{vocab_size}-{fingerprint[:8]}"
     if folder.is_dir():
@@ -167,7 +167,7 @@ def _write_tokens(
     meta = {
         "format": FORMAT,
         "source": about,
-        "vocab_size": tokenizer.get_vocab_size(),
+        "vocab_size": learnt,
         "padded_vocab_size": padded,
         "dtype": dtype,
         "eot": END_OF_TEXT_ID,

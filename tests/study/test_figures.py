@@ -164,7 +164,7 @@ def test_a_verdict_takes_sides_where_the_interval_does(low: float, high: float, 
 def test_a_difference_that_would_count_is_not_denied_for_want_of_text(high: float, holds: str) -> None:
     """Below what shuffled text reaches (0.5), but not below what would count (0.2)."""
     estimate = Estimate(*(np.array(x) for x in (0.05, 0.0, high)))
-    assert Finding(3, "", "", estimate, 0.5, smallest=0.2).holds == holds
+    assert Finding(3, "", "", estimate, 0.2, chance=0.5).holds == holds
 
 
 def test_kinds_differ_in_brightness_too() -> None:
