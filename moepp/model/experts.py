@@ -66,7 +66,7 @@ class FFNExperts(nn.Module):
         inputs = (x_TD, routing.gates, w_gate_up, w_down, routing.experts, routing.computed())
         if not use_grouped(x_TD, w_down):
             return looped_experts(*inputs, *(terms or ()))
-        y_TD = grouped_experts(*inputs)
+        y_TD = grouped_experts(*inputs, routing.max_computed())
         return y_TD if terms is None else y_TD + terms.value(x_TD)
 
 

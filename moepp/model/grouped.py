@@ -1,7 +1,7 @@
 """FFN experts on a GPU: one grouped product each way over rows sorted by expert, without a host sync.
 
-T tokens, D hidden size, H intermediate size, F = n_ffn, K choices a token, A = T·K assignments, R = A rows: those
-of FFN experts in front, sorted by expert.
+T tokens, D hidden size, H intermediate size, F = n_ffn, K choices a token, A = T·K assignments, R rows: those of
+FFN experts in front, sorted by expert.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,17 @@ from moepp.model.balance import count_assignments, inverse
 
 
 def grouped_experts(
-    x_TD: Tensor, gates_TK: Tensor, w_gate_up: Tensor, w_down: Tensor, experts_TK: Tensor, computed_TK: Tensor
+    x_TD: Tensor,
+    gates_TK: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    experts_TK: Tensor,
+    computed_TK: Tensor,
+    max_rows: int,
 ) -> Tensor:
-    """(T, D): the gate-weighted sum of the FFN experts' outputs over the assignments in `computed_TK`."""
-    plan = Plan.of(experts_TK, computed_TK, n_ffn=len(w_down))
+    """(T, D): the gate-weighted sum of the FFN experts' outputs over the assignments in `computed_TK`, of which
+    there are `max_rows` at most."""
+    plan = Plan.of(experts_TK, computed_TK, len(w_down), max_rows)
     rows_RD = grouped_swiglu(Dispatch.apply(x_TD, plan), w_gate_up, w_down, plan.count_F)
     return Combine.apply(rows_RD, gates_TK, plan)
 
@@ -38,11 +45,12 @@ class Plan:
         count_F: (F,) int64, rows of each expert; rows are sorted by expert.
         token_R: (R,) the token of each row.
         assignment_R: (R,) the assignment (t·K + k) of each row.
-        row_TK: (T, K) the row of each assignment.
+        row_TK: (T, K) the row of each assignment that is computed.
         computed_TK: (T, K) bool, where some FFN expert computes the assignment.
 
     How many rows FFN experts have is known on the device alone, and waiting for it would stall the stream. So R is
-    the most there can be, and the rows after the last expert's are garbage (NaN too) that nothing may read.
+    the most there can be, A without a capacity, and the rows after the last expert's are garbage (NaN too) that
+    nothing may read.
     """
 
     count_F: Tensor
@@ -52,12 +60,15 @@ class Plan:
     computed_TK: Tensor
 
     @staticmethod
-    def of(experts_TK: Tensor, computed_TK: Tensor, n_ffn: int) -> "Plan":
+    def of(experts_TK: Tensor, computed_TK: Tensor, n_ffn: int, max_rows: int) -> "Plan":
         expert_A = torch.where(computed_TK, experts_TK, n_ffn).flatten()  # all others behind the FFN experts
-        assignment_R = expert_A.argsort(stable=True)
+        order_A = expert_A.argsort(stable=True)
         count_F = count_assignments(expert_A[:, None], n_ffn)
+        n_rows = max(1, max_rows)  # what is not computed has to point at some row
+        assignment_R = order_A[:n_rows]
         token_R = assignment_R // experts_TK.shape[1]
-        return Plan(count_F, token_R, assignment_R, inverse(assignment_R).view_as(experts_TK), computed_TK)
+        row_TK = inverse(order_A).clamp(max=n_rows - 1).view_as(experts_TK)
+        return Plan(count_F, token_R, assignment_R, row_TK, computed_TK)
 
     def gather_sum(self, rows_RD: Tensor, gates_TK: Tensor | None = None) -> Tensor:
         """(T, D): for each token the sum of its rows, weighted by gates. Deterministic: no atomic adds."""

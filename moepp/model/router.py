@@ -3,6 +3,7 @@
 T tokens, D hidden size, E experts, K choices a token. All of it is computed in float32 at least.
 """
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -47,6 +48,13 @@ class Routing:
         """(T, K) bool: which assignments an FFN expert computes, what is over capacity left out."""
         computed_TK = self.experts < self.moe.n_ffn
         return computed_TK if self.kept is None else computed_TK & self.kept
+
+    def max_computed(self) -> int:
+        """How many assignments FFN experts compute at most, as far as a host knows without asking the device."""
+        if self.kept is None:
+            return self.experts.numel()
+        ffn_capacity, _ = self.moe.capacities(len(self.experts))
+        return min(self.experts.numel(), self.moe.n_ffn * math.floor(ffn_capacity))
 
     def tokens_per_expert(self) -> Tensor:
         """(E,) int64: how many tokens chose each expert, before any capacity."""

@@ -37,10 +37,14 @@ def test_grouped_mm_equals_a_product_per_expert(counts: list[int], tail: int) ->
         torch.testing.assert_close(grouped[: len(expected)], expected, rtol=2e-5, atol=2e-3)
 
 
+# capacities: dropless; of a few rows; of none at all
+@pytest.mark.parametrize("capacity_factor", [None, 0.7, 0.01])
 @pytest.mark.parametrize("n_tokens", [1, 37])
-def test_back_ends_agree_in_float32(n_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_back_ends_agree_in_float32(
+    n_tokens: int, capacity_factor: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
-    layer = MoELayer(16, 24, MoEConfig(n_ffn=4))
+    layer = MoELayer(16, 24, MoEConfig(n_ffn=4, capacity_factor=capacity_factor))
     x = torch.randn(n_tokens, 16, requires_grad=True)
     routing = layer(x)[1]
     gates = routing.gates.detach().requires_grad_()
@@ -53,6 +57,20 @@ def test_back_ends_agree_in_float32(n_tokens: int, monkeypatch: pytest.MonkeyPat
         results.append((y, *torch.autograd.grad(y.square().sum(), (x, gates, *layer.ffn.parameters(), *terms))))
     for looped, grouped in zip(*results, strict=True):
         torch.testing.assert_close(grouped, looped, rtol=1e-4, atol=1e-7)
+
+
+def test_capacity_bounds_the_rows_of_the_grouped_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At γ = 1.1, τ = 0.1 a tenth more than a sixth of all assignments, not all of them."""
+    rows: list[int] = []
+    monkeypatch.setattr(experts, "use_grouped", lambda x, w: True)
+    monkeypatch.setattr("moepp.model.grouped.grouped_swiglu", lambda x, *_: rows.append(len(x)) or x)
+    torch.manual_seed(0)
+    for capacity_factor in (None, 1.1):
+        layer = MoELayer(16, 24, MoEConfig(tau=0.1, capacity_factor=capacity_factor))
+        layer(torch.randn(300, 16))
+        layer.eval()(torch.randn(300, 16))
+    # 8 experts of floor(1.1 · 0.1 · 600 / 4.8) = 13 rows; a model that is not in training drops nothing
+    assert rows == [600, 600, 8 * 13, 600]
 
 
 @pytest.mark.parametrize("computed", ["some", "none", "all"])
