@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from moepp.model import MoELayer, Routing
 from moepp.study.matrix import Run, Variant
-from moepp.training.callbacks import device_name
 from moepp.training.checkpoint import last_checkpoint, read_checkpoint
 from moepp.training.cpu_memory import keep_freed_memory
 from moepp.training.data import TokenDataModule
+from moepp.training.device import device_name
 from moepp.training.module import LitMoE
 
 LEAST_ROUNDS, MOST_ROUNDS = 5, 200

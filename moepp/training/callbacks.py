@@ -4,13 +4,11 @@ import json
 import sys
 import time
 from datetime import timedelta
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -19,12 +17,11 @@ from moepp.model import count_parameters, flops_per_token
 from moepp.model.generate import generate
 from moepp.training.collapse import CollapseWatch
 from moepp.training.csv_log import CSVLog
+from moepp.training.device import device_name, peak_flops
 from moepp.training.durable import replacing
 from moepp.training.module import LitMoE
 from moepp.training.provenance import provenance
 from moepp.training.tokens import END_OF_TEXT_ID
-
-DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "bf16-true": torch.bfloat16}
 
 
 class Monitor(L.Callback):
@@ -214,18 +211,6 @@ class Summary(L.Callback):
             )
             lines.append(f"— {domain}: {before}⟶{after}")
         return "\n\n".join(lines)
-
-
-@cache
-def peak_flops(device: torch.device, precision: str) -> int | None:
-    """The device's peak in FLOP/s at this precision, None where nobody has written it down."""
-    return get_available_flops(device, DTYPES.get(precision, torch.float32)) if device.type == "cuda" else None
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU threads"
 
 
 def say(trainer: L.Trainer, line: str) -> None:

@@ -26,11 +26,12 @@ from omegaconf.errors import OmegaConfBaseException
 from moepp.model import InputError, count_parameters
 from moepp.training.arguments import config_number, expand_bases, expand_last, newest_config
 from moepp.training.bad_steps import BadSteps
-from moepp.training.callbacks import Monitor, Summary, device_name, say
+from moepp.training.callbacks import Monitor, Summary, say
 from moepp.training.checkpoint import CheckpointFiles, require_state, step_checkpoints
 from moepp.training.cpu_memory import keep_freed_memory
 from moepp.training.csv_log import CSVLog
 from moepp.training.data import TokenDataModule
+from moepp.training.device import device_name
 from moepp.training.module import LitMoE
 from moepp.training.provenance import differences
 from moepp.training.saving import Checkpoints, StopOnSignal

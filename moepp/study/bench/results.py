@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moepp.study.bench.setting import Row, Setting
-from moepp.training.callbacks import device_name
+from moepp.training.device import device_name
 from moepp.training.provenance import commit
 
 
