@@ -5,6 +5,7 @@ chunks that fit the cache, with their gradient taken at once, they take about ha
 memory on a GPU (figures in recipes/results/LOG.md).
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,39 +13,35 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK = 1024  # tokens
+# A GPU has no cache to fit, and for every chunk it would add (V, D) to the head's gradient in float32.
+CUDA_CHUNK = 4096
 
 
-def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, compile: bool = False) -> Tensor:
     """Mean cross-entropy of the logits `hidden_ND @ weight_VD.T` with `targets_N`, gradients as autograd's.
 
-    Under autocast the products are in its dtype; the softmax is in float32 at least. There must be a target for
-    every token. Returns a scalar.
+    Under autocast the products are in its dtype; the softmax is in float32 at least, fused by torch.compile where
+    that is asked for. There must be a target for every token. Returns a scalar.
     """
     if torch.is_autocast_enabled(hidden_ND.device.type):
         dtype = torch.get_autocast_dtype(hidden_ND.device.type)
         hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
-    return LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N)
+    return LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, compile)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, compile: bool) -> Tensor:
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
+        chunk = CUDA_CHUNK if hidden_ND.is_cuda else CHUNK
+        softmax = compiled_nll_and_gradient() if compile else nll_and_gradient
         total = hidden_ND.new_zeros((), dtype=dtype)
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=dtype)
-        for start in range(0, len(hidden_ND), CHUNK):
-            rows, targets = slice(start, start + CHUNK), targets_N[start : start + CHUNK, None]
-            logits = (hidden_ND[rows] @ weight_VD.T).to(dtype)
-            chosen = logits.gather(1, targets)
-            largest = logits.amax(-1, keepdim=True)
-            # all in place: each further (chunk, V) tensor would cost as much in page faults as a product
-            exp = logits.sub_(largest).exp_()
-            sum_exp = exp.sum(-1, keepdim=True)
-            total += (sum_exp.log() + largest - chosen).sum()
-            grad_logits = exp.div_(sum_exp)  # dL/dlogits = softmax - one-hot
-            grad_logits.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=dtype))
-            grad_logits = grad_logits.to(hidden_ND.dtype)
+        for start in range(0, len(hidden_ND), chunk):
+            rows = slice(start, start + chunk)
+            nll, grad_logits = softmax(hidden_ND[rows] @ weight_VD.T, targets_N[rows, None])
+            total += nll
             grad_hidden_ND[rows] = grad_logits @ weight_VD
             grad_weight_VD += grad_logits.T @ hidden_ND[rows]
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype))
@@ -52,7 +49,29 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
         scale = grad / len(grad_hidden_ND)  # a scalar in float32: it does not promote what it multiplies
-        return grad_hidden_ND * scale, grad_weight_VD * scale, None
+        return grad_hidden_ND * scale, grad_weight_VD * scale, None, None
+
+
+def nll_and_gradient(logits_NV: Tensor, targets_N1: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of -log softmax(logits)[target], and its gradient softmax - one-hot in the logits' dtype.
+
+    Overwrites the logits where they are in float32 or float64: each further (N, V) tensor would cost a CPU as much
+    in page faults as a product.
+    """
+    scores = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    chosen = scores.gather(1, targets_N1)
+    largest = scores.amax(-1, keepdim=True)
+    exp = scores.sub_(largest).exp_()
+    sum_exp = exp.sum(-1, keepdim=True)
+    nll = sum_exp.log() + largest - chosen
+    grad_logits = exp.div_(sum_exp).to(logits_NV.dtype)
+    return nll.sum(), grad_logits.scatter_(1, targets_N1, torch.expm1(-nll).to(grad_logits.dtype))  # p - 1 there
+
+
+@cache
+def compiled_nll_and_gradient() -> Any:
+    """Three passes over bf16 logits on a GPU, where op by op takes some twelve, most of them over float32."""
+    return torch.compile(nll_and_gradient, fullgraph=True, dynamic=False)

@@ -75,7 +75,7 @@ class LitMoE(L.LightningModule):
         transformer: sizes of the transformer; its vocabulary is the data's.
         moe: experts, router and balance; every ablation is a switch here.
         optim: AdamW and its schedule.
-        compile: torch.compile every block.
+        compile: torch.compile every block, and the loss's softmax.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class LitMoE(L.LightningModule):
         super().__init__()
         self.transformer, self.moe, self.optim = transformer, moe, optim
         self.model = Transformer(transformer, moe)
+        self.compile_loss = compile
         if compile:
             for block in self.model.blocks:
                 block.compile()
@@ -114,7 +115,7 @@ class LitMoE(L.LightningModule):
         """Total loss = cross-entropy + β · mean of L_b over the layers. All but `loss` is for the monitor."""
         hidden_BSD, routings = self.model.hidden(batch["inputs"])
         cross_entropy = linear_cross_entropy(
-            hidden_BSD.flatten(0, 1), self.model.head.weight, batch["targets"].flatten()
+            hidden_BSD.flatten(0, 1), self.model.head.weight, batch["targets"].flatten(), self.compile_loss
         )
         balance = mean_load_balance_loss(routings)
         loss = cross_entropy + self.moe.balance_weight * balance

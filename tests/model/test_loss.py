@@ -24,6 +24,21 @@ def test_equals_cross_entropy_of_the_logits(n_tokens: int, monkeypatch: pytest.M
     assert torch.autograd.gradcheck(lambda h, w: loss.linear_cross_entropy(h, w, targets), (hidden, weight))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_softmax_compiles_into_one_graph(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits, targets = 4 * torch.randn(9, 31).to(dtype), torch.randint(31, (9, 1))
+    compiled = torch.compile(loss.nll_and_gradient, fullgraph=True, backend="aot_eager")
+    leaf = logits.to(torch.float32, copy=True).requires_grad_()
+    expected = F.cross_entropy(leaf, targets[:, 0], reduction="sum")
+    expected.backward()
+    for run in (loss.nll_and_gradient, compiled):
+        nll, gradient = run(logits.clone(), targets)
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(nll, expected.detach())
+        torch.testing.assert_close(gradient, leaf.grad.to(dtype))
+
+
 def test_bfloat16_autocast_is_close_to_float32() -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(50, 16, requires_grad=True), torch.randn(64, 16, requires_grad=True)
@@ -49,3 +64,20 @@ def test_bf16_gradients_are_divided_by_the_number_of_tokens_unrounded() -> None:
         loss.linear_cross_entropy(leaf, weight.to(dtype), targets).backward()
         norms.append(leaf.grad.float().norm())
     torch.testing.assert_close(norms[0], norms[1], rtol=5e-4, atol=0)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("compile", [False, True])
+def test_cuda_equals_cpu(compile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CUDA_CHUNK", 64)
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(150, 32), torch.randn(300, 32) / 6, torch.randint(300, (150,))
+    results = []
+    for device in ("cpu", "cuda"):
+        leaves = [tensor.to(device, copy=True).requires_grad_() for tensor in (hidden, weight)]
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            value = loss.linear_cross_entropy(*leaves, targets.to(device), compile=compile and device == "cuda")
+        results.append((value, *torch.autograd.grad(value, leaves)))
+    for on_cpu, on_cuda in zip(*results, strict=True):
+        assert (on_cuda.cpu() - on_cpu).norm() < 2e-2 * on_cpu.norm()

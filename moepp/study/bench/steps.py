@@ -27,8 +27,8 @@ import moepp
 from moepp.model import MoEConfig, Transformer, TransformerConfig, flops_per_token, linear_cross_entropy
 from moepp.study.bench import peers
 from moepp.study.bench.setting import VANILLA, Row, Setting, measured
-from moepp.training.callbacks import peak_flops
 from moepp.training.data import TokenDataModule
+from moepp.training.device import peak_flops
 from moepp.training.module import LitMoE
 
 ROOT = Path(moepp.__file__).parents[1]
@@ -72,7 +72,8 @@ class TrainingStep:
             return model(self.tokens_BS, labels=self.tokens_BS, **router_logits).loss
         output = model.model(self.tokens_BS, **router_logits)
         hidden_ND = output.last_hidden_state.flatten(0, 1)
-        loss = linear_cross_entropy(hidden_ND, model.lm_head.weight, self.targets_BS.flatten())
+        on_gpu = hidden_ND.is_cuda  # there with its softmax compiled, be the model itself compiled or not
+        loss = linear_cross_entropy(hidden_ND, model.lm_head.weight, self.targets_BS.flatten(), compile=on_gpu)
         if router_logits:
             from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -101,13 +102,11 @@ class Models:
     def moepp(self, moe: MoEConfig, compile: bool = False, loop: bool = False) -> TrainingStep:
         """Ours as `moepp fit` runs it, or with its experts in the released code's loop."""
         torch.manual_seed(0)
-        model = LitMoE(self.wide if moe is DENSE else self.config, moe)
+        model = LitMoE(self.wide if moe is DENSE else self.config, moe, compile=compile)
         for i, block in enumerate(peers.blocks(model.model)):
             peers.force(block.moe.router, peers.spread_evenly(self.tokens_BS.numel(), moe, moe.ffn_share, seed=i))
             if loop:
                 block.moe = peers.ReleasedLoop(block.moe)
-            if compile:
-                block.compile()
         return TrainingStep(self.at, model, self.tokens_BS)
 
     def mixtral(self, back_end: str, compile: bool = False, own_loss: bool = False) -> TrainingStep:
