@@ -45,7 +45,7 @@ class Plan:
         count_F: (F,) int64, rows of each expert; rows are sorted by expert.
         token_R: (R,) the token of each row.
         assignment_R: (R,) the assignment (t·K + k) of each row.
-        row_TK: (T, K) the row of each assignment that is computed.
+        row_TK: (T, K) the row of each assignment that is computed, 0 (so there is one at least) for the others.
         computed_TK: (T, K) bool, where some FFN expert computes the assignment.
 
     How many rows FFN experts have is known on the device alone, and waiting for it would stall the stream. So R is
@@ -64,10 +64,9 @@ class Plan:
         expert_A = torch.where(computed_TK, experts_TK, n_ffn).flatten()  # all others behind the FFN experts
         order_A = expert_A.argsort(stable=True)
         count_F = count_assignments(expert_A[:, None], n_ffn)
-        n_rows = max(1, max_rows)  # what is not computed has to point at some row
-        assignment_R = order_A[:n_rows]
+        assignment_R = order_A[: max(1, max_rows)]
         token_R = assignment_R // experts_TK.shape[1]
-        row_TK = inverse(order_A).clamp(max=n_rows - 1).view_as(experts_TK)
+        row_TK = inverse(order_A).view_as(experts_TK).where(computed_TK, 0)
         return Plan(count_F, token_R, assignment_R, row_TK, computed_TK)
 
     def gather_sum(self, rows_RD: Tensor, gates_TK: Tensor | None = None) -> Tensor:
