@@ -42,7 +42,7 @@ class BadSteps(L.Callback):
         self.total = self.total.to(bad.device) + bad
         self.in_a_row = (self.in_a_row.to(bad.device) + 1) * bad
         due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if due or trainer.global_step == trainer.max_steps:
+        if due or trainer.global_step == trainer.estimated_stepping_batches:
             for logger in trainer.loggers:
                 logger.log_metrics({"train/skipped_steps": float(self.total)}, step=trainer.global_step)
             if self.in_a_row >= pl_module.optim.max_bad_steps:

@@ -62,7 +62,7 @@ class Monitor(L.Callback):
         for name, value in (outputs | {"batches": torch.ones(()), "tokens": n_tokens}).items():
             self.sums[name] = self.sums[name].to(value.device) + value if name in self.sums else value.clone()
         due = trainer.global_step >= self.logged_step + trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if due or trainer.global_step == trainer.max_steps > self.logged_step:
+        if due or trainer.global_step == trainer.estimated_stepping_batches > self.logged_step:
             self.report(trainer, pl_module)
 
     def report(self, trainer: L.Trainer, model: LitMoE) -> None:

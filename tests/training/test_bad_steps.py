@@ -82,11 +82,19 @@ def test_bad_steps_apart_do_not_end_the_run(
     assert main(["fit", *tiny(text_file), "--trainer.max_steps=8", "--model.optim.max_bad_steps=3"]) == 0
 
 
+@pytest.mark.parametrize(
+    "end",
+    [
+        ["--trainer.max_steps=5"],
+        ["--trainer.max_steps=-1", "--trainer.max_epochs=1", "--trainer.limit_train_batches=5"],
+    ],
+)
 def test_a_run_that_ends_before_metrics_are_due_is_looked_at_too(
-    text_file: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
+    text_file: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch, end: list[str]
 ) -> None:
     spoil(monkeypatch, "nan loss", {2, 3, 4, 5})
-    options = ["--trainer.max_steps=5", "--trainer.log_every_n_steps=100", "--model.optim.max_bad_steps=3"]
+    options = [*end, "--trainer.log_every_n_steps=100", "--model.optim.max_bad_steps=3"]
     with pytest.raises(SystemExit) as stopped:
         main(["fit", *tiny(text_file), *options])
     assert "not finite in 4 steps in a row, up to step 5" in stopped.value.code
+    assert [row["step"] for row in read_csv(Path("runs/moepp/1")) if row["train/loss"]] == ["5"]
