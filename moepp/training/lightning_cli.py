@@ -165,10 +165,12 @@ class MoECLI(LightningCLI):
         if config["log_every_n_steps"] < 1:
             raise InputError(f"trainer.log_every_n_steps: must be at least 1, got {config['log_every_n_steps']}")
         every, accumulate = config["val_check_interval"], config["accumulate_grad_batches"]
-        if isinstance(every, int) and accumulate > 1 and every % accumulate:
+        # a part of an epoch (all of it ends with a step) and a time end at any batch
+        amid_a_step = every % accumulate if isinstance(every, int) else every not in (1.0, None)
+        if accumulate > 1 and amid_a_step:
             raise InputError(
-                f"trainer.val_check_interval: {every} batches end amid a step, where no checkpoint can "
-                f"be written: take a multiple of accumulate_grad_batches={accumulate}"
+                f"trainer.val_check_interval: {every} can end amid a step, where no checkpoint can be written: "
+                f"take a number of batches that is a multiple of accumulate_grad_batches={accumulate}"
             )
 
     def observers(self, config: Any, begun: dict[str, Any] | None, progress_bar: bool) -> dict[str, Any]:

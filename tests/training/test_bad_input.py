@@ -172,10 +172,17 @@ def test_a_run_ended_by_time_alone(text_file: Path, workdir: Path, capsys) -> No
     assert "trainer.max_steps: say when to stop" in refused(capsys, "fit", *tiny(text_file), *options)
 
 
-def test_a_validation_amid_a_step(text_file: Path, workdir: Path, capsys) -> None:
-    options = ["--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=4"]
-    message = "trainer.val_check_interval: 4 batches end amid a step"
+@pytest.mark.parametrize("every", ["4", "0.5", "00:00:01:00"])
+def test_a_validation_amid_a_step(text_file: Path, workdir: Path, capsys, every: str) -> None:
+    options = ["--trainer.accumulate_grad_batches=3", f"--trainer.val_check_interval={every}"]
+    message = f"trainer.val_check_interval: {every} can end amid a step"
     assert message in refused(capsys, "fit", *tiny(text_file), *options)
+
+
+def test_a_validation_after_every_epoch_ends_a_step(text_file: Path, workdir: Path) -> None:
+    options = ["--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=1.0"]
+    epochs = ["--trainer.check_val_every_n_epoch=1", "--trainer.limit_train_batches=4", "--trainer.max_steps=4"]
+    assert main(["fit", *tiny(text_file), *options, *epochs]) == 0
 
 
 @pytest.mark.parametrize("spoiled", ["config", "weight"])
