@@ -74,4 +74,4 @@ def nll_and_gradient(logits_NV: Tensor, targets_N1: Tensor) -> tuple[Tensor, Ten
 @cache
 def compiled_nll_and_gradient() -> Any:
     """Three passes over bf16 logits on a GPU, where op by op takes some twelve, most of them over float32."""
-    return torch.compile(nll_and_gradient, fullgraph=True, dynamic=False)
+    return torch.compile(nll_and_gradient, dynamic=False)

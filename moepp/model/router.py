@@ -54,7 +54,9 @@ class Routing:
         if self.kept is None:
             return self.experts.numel()
         ffn_capacity, _ = self.moe.capacities(len(self.experts))
-        return min(self.experts.numel(), self.moe.n_ffn * math.floor(ffn_capacity))
+        rows = min(self.experts.numel(), self.moe.n_ffn * math.floor(ffn_capacity))
+        # to a compiler a number, where floats of another model's config would make it a symbol
+        return len(range(rows))
 
     def tokens_per_expert(self) -> Tensor:
         """(E,) int64: how many tokens chose each expert, before any capacity."""

@@ -177,7 +177,7 @@ def bench(path: Path, rows: Sequence[Row]) -> None:
         by_tau.set_xlabel("τ")
         by_tau.set_title("layer: speed-up over vanilla MoE")
 
-        chosen = [row for row in measured if row.section == "step" and row.unit == "tokens/s"]
+        chosen = [row for row in measured if row.section == "step" and row.unit == "tokens/s" and not row.note]
         bars(steps, chosen, [GREEN if row.name.startswith(("MoE++", "vanilla")) else "#7F7F7F" for row in chosen])
         steps.set_title("training step: tokens/s")
         chosen = [row for row in measured if row.section == "layer"]

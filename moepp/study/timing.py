@@ -6,8 +6,7 @@ of a pair alternate, and what counts is the ratio within each round.
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
@@ -17,15 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from moepp.model import MoELayer, Routing
+from moepp.study.in_turn import in_turn
 from moepp.study.matrix import Run, Variant
 from moepp.training.checkpoint import last_checkpoint, read_checkpoint
 from moepp.training.cpu_memory import keep_freed_memory
 from moepp.training.data import TokenDataModule
 from moepp.training.device import device_name
 from moepp.training.module import LitMoE
-
-LEAST_ROUNDS, MOST_ROUNDS = 5, 200
-SECONDS = 3.0  # for a pair and a measurement, once the least number of rounds is done
 
 
 @dataclass(frozen=True)
@@ -140,33 +137,6 @@ class Subject:
         return run
 
 
-def in_turn(
-    functions: Sequence[Callable[[], object]],
-    device: torch.device,
-    least: int = LEAST_ROUNDS,
-    seconds: float | None = None,
-) -> list[list[float]]:
-    """Seconds of each function in each round, after a round that only warms up: `least` rounds, and more until
-    `seconds` (by default SECONDS) are over."""
-    seconds_in_all = SECONDS if seconds is None else seconds
-    rounds: list[list[float]] = []
-    begun = time.perf_counter()
-    while len(rounds) <= least or (time.perf_counter() - begun < seconds_in_all and len(rounds) <= MOST_ROUNDS):
-        # whoever goes second may find the caches warm: take turns at that too
-        order = range(len(functions)) if len(rounds) % 2 else reversed(range(len(functions)))
-        times = [0.0] * len(functions)
-        for i in order:
-            synchronize(device)
-            start = time.perf_counter()
-            functions[i]()
-            synchronize(device)
-            times[i] = time.perf_counter() - start
-        rounds.append(times)
-        if len(rounds) == 1:
-            begun = time.perf_counter()
-    return rounds[1:]
-
-
 def ratio(rounds: list[list[float]]) -> Ratio:
     """Of the second function's time to the first's, round by round."""
     ratios = [theirs / ours for ours, theirs in rounds]
@@ -201,8 +171,3 @@ def best_device(variant: Variant) -> torch.device:
     """Where the variant's runs train: the GPU, if there is one and it is not refused."""
     wanted = variant.options["trainer"]["accelerator"]
     return torch.device("cuda" if wanted in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu")
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

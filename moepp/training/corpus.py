@@ -15,8 +15,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import zstandard
-
 from moepp.model.errors import InputError
 from moepp.training import wheels
 
@@ -227,7 +225,7 @@ def _read_file(file: Path, piece: int = PIECE) -> Iterator[str]:
         for text in texts:
             if text := _clean(text):
                 yield text
-    except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise InputError(f"{file} is damaged, cut off or not yours to read ({error}): get it again") from error
 
 
@@ -244,11 +242,17 @@ def _blocks(file: Path) -> Iterator[bytes]:
 
 def _unpack_zst(raw: io.BufferedReader) -> Iterator[bytes]:
     """As ``zstandard.open``, which however takes a file that was cut off for a whole one."""
+    import zstandard  # few have such files
+
     frame = None
     while block := raw.read(BLOCK):
         while block:
             frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            if unpacked := frame.decompress(block):
+            try:
+                unpacked = frame.decompress(block)
+            except zstandard.ZstdError as error:
+                raise OSError(error) from error
+            if unpacked:
                 yield unpacked
             block = frame.unused_data
             if frame.eof:  # another frame may follow

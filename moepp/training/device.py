@@ -6,8 +6,8 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
 HALF = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
-# bf16 and fp16, of NVIDIA's data sheets. Lightning's table has these with sparsity, twice as much as a matrix
-# product can reach, and does not know the name "NVIDIA H200".
+# bf16 and fp16, of NVIDIA's data sheets. Lightning's table has these cards with sparsity or in pairs, twice what a
+# matrix product can reach, and does not know the name "NVIDIA H200".
 HALF_FLOPS = {"H100 NVL": 835.5e12, "H200 NVL": 835.5e12, "H200": 989.5e12}
 
 
@@ -16,11 +16,10 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     """The device's peak in FLOP/s at this precision, without sparsity; None where nobody has written it down."""
     if device.type != "cuda":
         return None
-    if precision in HALF:
-        name = torch.cuda.get_device_name(device)
-        for chip, flops in HALF_FLOPS.items():
-            if chip in name:
-                return flops
+    name = torch.cuda.get_device_name(device)
+    for chip, flops in HALF_FLOPS.items():
+        if chip in name:
+            return flops if precision in HALF else None
     return get_available_flops(device, HALF.get(precision, torch.float32))
 
 

@@ -1,12 +1,10 @@
 """`moepp fit | validate | test`: LightningCLI with OmegaConf recipes, a folder per run, one-line errors."""
 
 import difflib
-import logging
 import os
 import re
 import shutil
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -34,6 +32,7 @@ from moepp.training.data import TokenDataModule
 from moepp.training.device import device_name
 from moepp.training.module import LitMoE
 from moepp.training.provenance import differences
+from moepp.training.quiet import quiet_lightning
 from moepp.training.saving import Checkpoints, StopOnSignal
 from moepp.training.tokens import padded_vocab_size
 
@@ -340,10 +339,3 @@ def require_sections(options: Any) -> None:
             raise InputError(
                 f"{name}: holds no options but {section}: leave it out, or say what in it is to change"
             )
-
-
-def quiet_lightning() -> None:
-    """Lightning's notes on unused GPUs, few workers and where else to log are no news to this program's user."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"lightning\..*")

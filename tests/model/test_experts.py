@@ -94,11 +94,15 @@ def test_rows_of_the_loop(computed: str) -> None:
     torch.testing.assert_close(rows.sum_by_token(values_RD, gates_TK), weighted_TD)
 
 
-def test_the_gpu_path_compiles_into_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("capacity_factor", [None, 1.1])
+def test_the_gpu_path_compiles_into_one_graph(
+    capacity_factor: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The loop's row counts are read on the host, so that path breaks the graph there, on purpose."""
     monkeypatch.setattr(experts, "use_grouped", lambda x, w: True)
     torch.manual_seed(0)
-    model = Transformer(TransformerConfig(64, 2, 16, 24, 2, context_length=16), MoEConfig(n_ffn=4))
+    moe = MoEConfig(n_ffn=4, capacity_factor=capacity_factor)
+    model = Transformer(TransformerConfig(64, 2, 16, 24, 2, context_length=16), moe)
     block = model.blocks[1]
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     x, previous = torch.randn(2, 16, 16, requires_grad=True), torch.randn(32, 8)
@@ -110,6 +114,21 @@ def test_the_gpu_path_compiles_into_one_graph(monkeypatch: pytest.MonkeyPatch) -
         results.append((y, routing.logits, *torch.autograd.grad(loss, (x, *block.parameters()))))
     for eager, graph in zip(*results, strict=True):
         torch.testing.assert_close(graph, eager, rtol=2e-2, atol=1e-2)
+
+
+def test_several_models_with_a_capacity_are_compiled_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a study does; from the second τ on, a compiler takes it for a variable."""
+    monkeypatch.setattr(experts, "use_grouped", lambda x, w: True)
+    torch.manual_seed(0)
+    for tau in (0.75, 0.1, 0.5):
+        layer = MoELayer(16, 24, MoEConfig(n_ffn=4, tau=tau, capacity_factor=1.1))
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        for n_tokens in (32, 40):
+            x = torch.randn(n_tokens, 16, requires_grad=True)
+            with torch.autocast("cpu", torch.bfloat16):
+                expected, actual = (run(x)[0] for run in (layer, compiled))
+            torch.testing.assert_close(actual, expected, rtol=2e-2, atol=1e-2)
+            actual.sum().backward()
 
 
 def test_the_loop_is_chosen_on_a_cpu() -> None:
@@ -138,8 +157,10 @@ def test_cuda_equals_cpu(moe: MoEConfig) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_cuda_step_never_waits_for_the_device() -> None:
-    layer, x = MoELayer(64, 128, MoEConfig()).cuda(), torch.randn(300, 64, device="cuda")
+@pytest.mark.parametrize("capacity_factor", [None, 1.1])
+def test_cuda_step_never_waits_for_the_device(capacity_factor: float | None) -> None:
+    layer = MoELayer(64, 128, MoEConfig(capacity_factor=capacity_factor)).cuda()
+    x = torch.randn(300, 64, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.autocast("cuda", torch.bfloat16):

@@ -1,7 +1,9 @@
 """The bench at toy size: what it compares is equal, routing has the share it says, and its figures add up."""
 
 import csv
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from moepp.cli import main
 from moepp.model import InputError, MoEConfig, MoELayer
-from moepp.study.bench import layers, peers, results, steps
+from moepp.study.bench import SECTIONS, layers, peers, results, steps
 from moepp.study.bench.setting import SIZES, VANILLA, Row, Setting, measured
 from moepp.training.module import LitMoE
 
@@ -97,9 +99,57 @@ def test_a_peer_that_computes_something_else_stops_the_bench(
     workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peers.DenseExperts, "forward", lambda self, rows: [0 * x for x in rows])
-    with pytest.raises(SystemExit, match="moepp bench: layer: .*so no table"):
+    with pytest.raises(SystemExit, match="moepp bench: layer: .*so it is not timed"):
         main(["bench", "--size=toy", "--quick", "--only=layer"])
     assert not (workdir / "runs/bench/bench.csv").exists()
+
+
+@pytest.mark.parametrize("section", ["layer", "tau", "zero", "tokens", "experts", "constants"])
+def test_a_layer_that_computes_something_else_is_not_timed(
+    section: str, at: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = MoELayer.experts
+    monkeypatch.setattr(MoELayer, "experts", lambda self, x, routing: 0.99 * whole(self, x, routing))
+    monkeypatch.setattr("moepp.study.bench.setting.in_turn", lambda *_: pytest.fail("was timed"))
+    with pytest.raises(peers.NotEqual):
+        list(SECTIONS[section](at))
+
+
+def test_what_was_measured_is_kept_when_a_section_breaks(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def broken(at: Setting) -> Iterator[Row]:
+        yield Row("tau", "half", "×", 2.0)
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setitem(SECTIONS, "tau", broken)
+    monkeypatch.setattr("moepp.study.bench.setting.in_turn", sleepless)
+    with pytest.raises(SystemExit, match="tau ended in an error"):
+        main(["bench", "--size=toy", "--quick", "--only=tau,zero", "--out=b"])
+    with (workdir / "b/bench.csv").open(newline="") as file:
+        notes = {(row["section"], row["name"]): (row["value"], row["note"]) for row in csv.DictReader(file)}
+    assert notes["tau", "half"] == ("2.0", "")
+    assert notes["tau", "the rest"] == ("", "broken: RuntimeError: no kernel image is available")
+    assert notes["zero", "τ = 0.75, forward"][0] == "200.0"  # the section after it
+
+
+# what a machine with PyTorch for GPUs may lack, and no network to fetch it: they read options and packed text
+LACKING = ("jsonargparse", "omegaconf", "zstandard", "docstring_parser", "typeshed_client")
+
+
+def test_the_bench_needs_none_of_the_packages_of_the_command_line(workdir: Path) -> None:
+    code = f"""
+import sys
+sys.modules |= dict.fromkeys({LACKING})  # importing any of them fails
+from moepp.cli import main
+sys.exit(main(["bench", "--size=toy", "--quick", "--only=zero,start", "--out=b"]))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "left out: `moepp fit` needs jsonargparse and omegaconf" in ended.stdout
+    with (workdir / "b/bench.csv").open(newline="") as file:
+        values = {row["name"]: row["value"] for row in csv.DictReader(file)}
+    assert float(values["waiting for data"]) > 0
 
 
 @pytest.mark.parametrize("back_end", ["eager", "batched_mm", "grouped_mm"])

@@ -14,6 +14,7 @@ import argparse
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -29,7 +30,7 @@ from moepp.study.bench import layers, results, steps
 from moepp.study.bench.peers import NotEqual
 from moepp.study.bench.setting import SIZES, Row, Setting
 from moepp.training.cpu_memory import keep_freed_memory
-from moepp.training.lightning_cli import quiet_lightning
+from moepp.training.quiet import quiet_lightning
 
 SECTIONS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "layer": layers.layer,
@@ -73,6 +74,8 @@ def run(verb: str, arguments: list[str]) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's, which counts memory on a CPU
 
     rows: list[Row] = []
+    broken: list[str] = []
+    command = shlex.join(["moepp", verb, *arguments])
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         for name in wanted:
@@ -81,17 +84,23 @@ def run(verb: str, arguments: list[str]) -> None:
             torch.compiler.reset()
             try:
                 for row in SECTIONS[name](at):
-                    rows.append(row)  # what was measured before an error counts
+                    rows.append(row)
             except NotEqual as error:
                 raise SystemExit(
-                    f"moepp {verb}: {name}: {error}: not the same computation, so no table"
+                    f"moepp {verb}: {name}: {error}: not the same computation, so it is not timed"
                 ) from error
             except torch.OutOfMemoryError:
                 rows.append(Row(name, "the rest", "", note="left out: does not fit the memory"))
+            except Exception as error:  # the other sections' figures are worth having, minutes of a GPU's time
+                traceback.print_exc()
+                broken.append(name)
+                rows.append(Row(name, "the rest", "", note=f"broken: {type(error).__name__}: {error}"))
+            # after every section: whatever cuts the bench off, what was measured is kept
+            results.write([*rows, *results.missing(rows, device)], at, options.out, command)
             progress.update(task, completed=1)
 
-    rows += results.missing(rows, device)
-    command = shlex.join(["moepp", verb, *arguments])
-    results.write(rows, at, options.out, command)
+    print((options.out / "bench.txt").read_text())
     plots.bench(options.out / "bench.png", rows)
     print(options.out / "bench.csv", options.out / "bench.png", file=sys.stderr)
+    if broken:
+        raise SystemExit(f"moepp {verb}: {', '.join(broken)} ended in an error, printed above")

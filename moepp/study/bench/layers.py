@@ -43,7 +43,11 @@ PASSES = {"forward": Timed.forward, "forward + backward": Timed.forward_and_back
 
 class RoutedLayer(Timed):
     """A MoE++ layer, not the first of its stack, with routing forced to `ffn_share` of all assignments (by default
-    what τ implies at balance)."""
+    what τ implies at balance).
+
+    Raises:
+        NotEqual: it computes something else than the loop of the released code.
+    """
 
     def __init__(
         self, at: Setting, moe: MoEConfig, ffn_share: float | None = None, n_tokens: int | None = None
@@ -60,9 +64,12 @@ class RoutedLayer(Timed):
             lambda: [self.layer(self.x_TD, self.previous_TE)[0]],
             [self.x_TD, self.previous_TE, *self.layer.parameters()],
         )
+        self.at = at
+        self.check_against_loop()
 
     def limits(self) -> dict[str, Timed]:
-        """The same FFN rows, already gathered, through dense experts of the same weights, and through one of them.
+        """The same FFN rows, already gathered, through dense experts of the same weights, and through one of them;
+        compiled where the layer is.
 
         Raises:
             NotEqual: these, weighted and added up, are not what the layer computes.
@@ -74,6 +81,8 @@ class RoutedLayer(Timed):
         all_rows = torch.cat([x.detach() for x in rows]).requires_grad_()
         split = peers.DenseExperts(layer.ffn.w_gate_up, layer.ffn.w_down)
         whole = peers.DenseExperts(layer.ffn.w_gate_up[:1], layer.ffn.w_down[:1])
+        self.at.compiled(split)
+        self.at.compiled(whole)
         with torch.no_grad():
             y_TD, routing = layer(self.x_TD, self.previous_TE)
             outputs = split(rows)
@@ -113,7 +122,6 @@ def layer(at: Setting) -> Iterator[Row]:
     subjects = {"vanilla": VANILLA, "τ = 0.75": MoEConfig(tau=0.75), "τ = 0.1": MoEConfig(tau=0.1)}
     for name, moe in subjects.items():
         routed = RoutedLayer(at, moe)
-        routed.check_against_loop()
         limits = routed.limits()
         for passes, run in PASSES.items():
             rounds = at.time([bind(run, subject) for subject in (routed, *limits.values())])
@@ -141,6 +149,10 @@ def zero_computation(at: Setting) -> Iterator[Row]:
     assert experts is not None
     routing = routed.layer(routed.x_TD, routed.previous_TE)[1]
     routing = replace(routing, logits=routing.logits.detach(), gates=routing.gates.detach().requires_grad_())
+    with torch.no_grad():
+        ffn_TD = routed.layer.ffn(routed.x_TD, routing)
+        parts_TD = ffn_TD + experts(routed.x_TD, routing).value(routed.x_TD)
+        peers.check("layer and the sum of its parts", routed.call()[0], parts_TD)
     at.compiled(experts)
     alone = Timed(
         lambda: [experts(routed.x_TD, routing).value(routed.x_TD)],
@@ -167,12 +179,12 @@ def experts(at: Setting) -> Iterator[Row]:
     """With FFN experts, at the same number of rows for all of them together; and what the limit has of that."""
     share, numbers = MoEConfig().ffn_share, (8, 4, 16, 32, 64, 128)
     cases = {f"{n} FFN experts, same rows": RoutedLayer(at, MoEConfig(n_ffn=n), share) for n in numbers}
-    yield from growth(at, "experts", cases, "× the time of 8")
     limits = {
         f"{name}, matrix products alone": routed.limits()["per expert"]
         for name, routed in cases.items()
         if routed.layer.moe.n_ffn in (8, 64)
     }
+    yield from growth(at, "experts", cases, "× the time of 8")
     yield from growth(at, "limit", limits, "× the time of 8")
 
 

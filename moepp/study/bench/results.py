@@ -3,7 +3,6 @@
 import csv
 import os
 import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +14,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+import moepp
 from moepp.study.bench.setting import Row, Setting
 from moepp.training.device import device_name
 from moepp.training.provenance import commit
@@ -78,7 +78,7 @@ TITLES = ("", "measured", "", "quartiles", "ideal", "of it", "paper", "target", 
 
 
 def write(rows: Sequence[Row], at: Setting, folder: Path, command: str) -> None:
-    """Print the table, and write it to bench.txt and, one line a row, to bench.csv."""
+    """The table as bench.txt and, one line a row, as bench.csv."""
     facts = provenance(at, command)
     with (folder / "bench.csv").open("w", newline="") as file:
         lines = [csv_line(row, at.device) | facts for row in rows]
@@ -86,11 +86,10 @@ def write(rows: Sequence[Row], at: Setting, folder: Path, command: str) -> None:
         writer.writeheader()
         writer.writerows(lines)
     with (folder / "bench.txt").open("w") as file:
-        consoles = Console(width=None if sys.stdout.isatty() else 240), Console(file=file, width=240)
-        for console in consoles:
-            console.print(table(rows, at.device))
-            for name, fact in facts.items():
-                console.print(f"{name}: {fact}", markup=False, highlight=False, soft_wrap=True)
+        console = Console(file=file, width=240)
+        console.print(table(rows, at.device))
+        for name, fact in facts.items():
+            console.print(f"{name}: {fact}", markup=False, highlight=False, soft_wrap=True)
 
 
 def table(rows: Sequence[Row], device: torch.device) -> Table:
@@ -157,8 +156,8 @@ def provenance(at: Setting, command: str) -> dict[str, str]:
     machine = f"{device_name(at.device)}, {processor()}, {os.cpu_count()} CPU cores"
     return {
         "machine": f"{machine}, {at.dtype}".replace("torch.", ""),
-        "versions": ", ".join(f"{name} {installed(name)}" for name in ("moepp", "torch", "transformers"))
-        + f", Python {platform.python_version()}",
+        "versions": f"moepp {moepp.__version__}, torch {torch.__version__}, "
+        f"transformers {installed('transformers')}, Python {platform.python_version()}",
         "layer": f"T = {at.sizes.n_tokens:,}, D = {t.hidden_size}, H = {t.intermediate_size}",
         "model": f"{t.n_layers} layers of these sizes, V = {t.vocab_size:,}, "
         f"{at.sizes.batch_size} × {t.context_length} tokens",

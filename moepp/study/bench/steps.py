@@ -72,7 +72,7 @@ class TrainingStep:
             return model(self.tokens_BS, labels=self.tokens_BS, **router_logits).loss
         output = model.model(self.tokens_BS, **router_logits)
         hidden_ND = output.last_hidden_state.flatten(0, 1)
-        on_gpu = hidden_ND.is_cuda  # there with its softmax compiled, be the model itself compiled or not
+        on_gpu = hidden_ND.is_cuda  # there its softmax is compiled, for models that are not compiled too
         loss = linear_cross_entropy(hidden_ND, model.lm_head.weight, self.targets_BS.flatten(), compile=on_gpu)
         if router_logits:
             from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -103,6 +103,7 @@ class Models:
         """Ours as `moepp fit` runs it, or with its experts in the released code's loop."""
         torch.manual_seed(0)
         model = LitMoE(self.wide if moe is DENSE else self.config, moe, compile=compile)
+        model.compile_loss = self.at.device.type == "cuda"  # as all that it is compared with
         for i, block in enumerate(peers.blocks(model.model)):
             peers.force(block.moe.router, peers.spread_evenly(self.tokens_BS.numel(), moe, moe.ffn_share, seed=i))
             if loop:
@@ -190,11 +191,14 @@ def step(at: Setting) -> Iterator[Row]:
         yield measured("step", f"MoE++ against {what}", "×", ratios, note="" if what == rival else rival)
     if mixtrals:
         yield from batched_mm(at)
+        why = "left out: kernels for Hopper that transformers fetches from the Hub"
+        yield Row("step", "Mixtral, deepgemm and sonicmoe", "tokens/s", note=why)
     else:
         yield Row("step", "Mixtral and Llama of transformers", "tokens/s", note=INSTALL)
 
     for name, one in steps.items():
-        yield measured("memory", name, "MB", [peak_memory(one, at.device) / 1e6])
+        mb = peak_memory(one, at.device) / 1e6
+        yield measured("memory", name, "MB", [mb], note="beside weights and AdamW's state")
     for name, moe in ((OURS, MoEConfig(tau=0.75)), (BARE, VANILLA)):
         config, peak = at.sizes.transformer, peak_flops(at.device, "bf16-mixed")
         ffn_per_token = moe.top_k * moe.ffn_share  # as it is forced
@@ -293,18 +297,21 @@ def start(at: Setting) -> Iterator[Row]:
         data.prepare_data()
         data.setup()
         yield waiting(at, data)
+        name, note = "`moepp fit` to the end of its first step", "the default model; text that is prepared already"
+        if lacking := [package for package in ("jsonargparse", "omegaconf") if find_spec(package) is None]:
+            yield Row("start", name, "s", note=f"left out: `moepp fit` needs {' and '.join(lacking)}")
+            return
         starts = [seconds_to_first_step(data, Path(folder)) for _ in range(STARTS)]
-    note = "the default model; text that is prepared already"
-    yield measured("start", "`moepp fit` to the end of its first step", "s", starts, note=note)
+    yield measured("start", name, "s", starts, note=note)
 
 
 def waiting(at: Setting, data: TokenDataModule) -> Row:
     """Share of training steps under Lightning that passes before the batch is on the device."""
-    profiler, warm_up = Durations(), 5
+    profiler, warm_up, on_gpu = Durations(), 5, at.device.type == "cuda"
     trainer = L.Trainer(
         accelerator=at.device.type,
         devices=1,
-        precision="bf16-mixed" if at.device.type == "cuda" else "32-true",
+        precision="bf16-mixed" if on_gpu else "32-true",
         max_steps=warm_up + at.rounds,
         max_epochs=-1,
         limit_val_batches=0,
@@ -316,7 +323,7 @@ def waiting(at: Setting, data: TokenDataModule) -> Row:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(LitMoE(at.sizes.transformer, MoEConfig()), data)
+    trainer.fit(LitMoE(at.sizes.transformer, MoEConfig(), compile=on_gpu), data)
     actions = (
         "[_TrainingEpochLoop].train_dataloader_next",
         "[Strategy]SingleDeviceStrategy.batch_to_device",
@@ -328,7 +335,17 @@ def waiting(at: Setting, data: TokenDataModule) -> Row:
 
 
 class Durations(SimpleProfiler):
-    """Lightning's profiler, without the report that it prints."""
+    """Lightning's profiler, which here waits for a GPU to finish what it times, and does not print its report."""
+
+    def start(self, action_name: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        super().start(action_name)
+
+    def stop(self, action_name: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        super().stop(action_name)
 
     def summary(self) -> str:
         return ""
