@@ -2,7 +2,8 @@
 
 One function for the whole sum over experts, so that rows are gathered once, and each token's rows and what its
 zero-computation experts add are summed in place, forward and backward. Autograd over the same products makes
-copies in between (figures in recipes/results/LOG.md).
+copies in between: without them the layer went from 0.76 to 0.87 of its limit at τ = 0.75, and from 0.60 to 0.74 at
+τ = 0.1 (recipes/results/LOG.md).
 
 T tokens, D hidden size, H intermediate size, F = n_ffn, C = n_const, K choices a token, R assignments that FFN
 experts compute, sorted by expert, N rows of the expert at hand.
