@@ -48,7 +48,8 @@ figures: setup ## what the router does: CKPT=…, or the newest checkpoint, on h
 
 # without a network there is nothing to install: then with what the machine's python3 has, and without what it lacks
 bench: ## speed against the limits and peers: a table, a CSV, a plot (ARGS=--quick)
-	@if $(MAKE) --no-print-directory $(VENV)/.bench; then run=$(MOEPP); else run='python3 -m moepp'; fi; \
+	@if $(MAKE) --no-print-directory $(VENV)/.bench; then run=$(MOEPP); \
+	else run='python3 -m moepp'; echo "nothing could be installed: going on with this machine's python3"; fi; \
 	echo "$$run bench $(ARGS)"; $$run bench $(ARGS)
 
 $(VENV)/.bench: $(VENV)/.done

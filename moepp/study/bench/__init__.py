@@ -96,10 +96,11 @@ def run(verb: str, arguments: list[str]) -> None:
                 broken.append(name)
                 rows.append(Row(name, "the rest", "", note=f"broken: {type(error).__name__}: {error}"))
             # after every section: whatever cuts the bench off, what was measured is kept
-            results.write([*rows, *results.missing(rows, device)], at, options.out, command)
+            table = [*rows, *results.missing(rows, device)]
+            results.write(table, at, options.out, command)
             progress.update(task, completed=1)
 
-    print((options.out / "bench.txt").read_text())
+    results.show(table, at, command, Console(width=None if sys.stdout.isatty() else 240))
     plots.bench(options.out / "bench.png", rows)
     print(options.out / "bench.csv", options.out / "bench.png", file=sys.stderr)
     if broken:

@@ -86,10 +86,14 @@ def write(rows: Sequence[Row], at: Setting, folder: Path, command: str) -> None:
         writer.writeheader()
         writer.writerows(lines)
     with (folder / "bench.txt").open("w") as file:
-        console = Console(file=file, width=240)
-        console.print(table(rows, at.device))
-        for name, fact in facts.items():
-            console.print(f"{name}: {fact}", markup=False, highlight=False, soft_wrap=True)
+        show(rows, at, command, Console(file=file, width=240))
+
+
+def show(rows: Sequence[Row], at: Setting, command: str, console: Console) -> None:
+    """The table and what it was measured on."""
+    console.print(table(rows, at.device))
+    for name, fact in provenance(at, command).items():
+        console.print(f"{name}: {fact}", markup=False, highlight=False, soft_wrap=True)
 
 
 def table(rows: Sequence[Row], device: torch.device) -> Table:
