@@ -37,6 +37,12 @@ def load_balance_loss(probs_TE: Tensor, experts_TK: Tensor, moe: MoEConfig) -> T
     return (eta_E * f_E * P_E).sum()
 
 
+def room(moe: MoEConfig, n_tokens: int) -> tuple[int, int]:
+    """Whole assignments that one FFN and one zero-computation expert have room for."""
+    ffn, zero_computation = moe.capacities(n_tokens)
+    return math.floor(ffn), math.floor(zero_computation)
+
+
 def within_capacity(experts_BSK: Tensor, moe: MoEConfig) -> Tensor:
     """(B, S, K) bool: which assignments their expert still has room for (equation 8).
 
@@ -44,7 +50,7 @@ def within_capacity(experts_BSK: Tensor, moe: MoEConfig) -> Tensor:
     depends on later tokens, so the model stays causal.
     """
     B, S, K = experts_BSK.shape
-    ffn, zero_computation = (math.floor(capacity) for capacity in moe.capacities(B * S))
+    ffn, zero_computation = room(moe, B * S)
     experts_A = experts_BSK.transpose(0, 1).reshape(-1)  # position first
     order_A = experts_A.argsort(stable=True)  # by expert, within an expert by position
     count_E = count_assignments(experts_A[:, None], moe.n_experts)

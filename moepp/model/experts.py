@@ -63,10 +63,9 @@ class FFNExperts(nn.Module):
     def forward(self, x_TD: Tensor, routing: Routing, terms: Terms | None = None) -> Tensor:
         """(T, D): the gate-weighted sum of their outputs, and on top the `terms` of zero-computation experts."""
         w_gate_up, w_down = self.w_gate_up.to(x_TD.dtype), self.w_down.to(x_TD.dtype)
-        inputs = (x_TD, routing.gates, w_gate_up, w_down, routing.experts, routing.computed())
         if not use_grouped(x_TD, w_down):
-            return looped_experts(*inputs, *(terms or ()))
-        y_TD = grouped_experts(*inputs, routing.max_computed())
+            return looped_experts(x_TD, routing, w_gate_up, w_down, *(terms or ()))
+        y_TD = grouped_experts(x_TD, routing, w_gate_up, w_down)
         return y_TD if terms is None else y_TD + terms.value(x_TD)
 
 

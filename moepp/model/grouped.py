@@ -12,22 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moepp.model.balance import count_assignments, inverse
+from moepp.model.router import Routing
 
 
-def grouped_experts(
-    x_TD: Tensor,
-    gates_TK: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    experts_TK: Tensor,
-    computed_TK: Tensor,
-    max_rows: int,
-) -> Tensor:
-    """(T, D): the gate-weighted sum of the FFN experts' outputs over the assignments in `computed_TK`, of which
-    there are `max_rows` at most."""
-    plan = Plan.of(experts_TK, computed_TK, len(w_down), max_rows)
+def grouped_experts(x_TD: Tensor, routing: Routing, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+    """(T, D): the gate-weighted sum of the FFN experts' outputs."""
+    plan = Plan.of(routing.experts, routing.computed(), len(w_down), routing.max_computed())
     rows_RD = grouped_swiglu(Dispatch.apply(x_TD, plan), w_gate_up, w_down, plan.count_F)
-    return Combine.apply(rows_RD, gates_TK, plan)
+    return Combine.apply(rows_RD, routing.gates, plan)
 
 
 def grouped_swiglu(x_RD: Tensor, w_gate_up: Tensor, w_down: Tensor, count_F: Tensor) -> Tensor:

@@ -18,23 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moepp.model.balance import inverse
+from moepp.model.router import Routing
 
 
 @torch.compiler.disable
-def looped_experts(
-    x_TD: Tensor,
-    gates_TK: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    experts_TK: Tensor,
-    computed_TK: Tensor,
-    *terms: Tensor,
-) -> Tensor:
-    """(T, D): the gate-weighted sum of the FFN experts' outputs over the assignments in `computed_TK`, and onto
-    that, where there are `terms` (experts.Terms), s·x + G·V."""
+def looped_experts(x_TD: Tensor, routing: Routing, w_gate_up: Tensor, w_down: Tensor, *terms: Tensor) -> Tensor:
+    """(T, D): the gate-weighted sum of the FFN experts' outputs, and onto that, where there are `terms`
+    (experts.Terms), s·x + G·V."""
     # its row counts differ from step to step, which a compiled graph would be specialised on again and again
-    rows = Rows.of(experts_TK, computed_TK, len(w_down))
-    return LoopedExperts.apply(x_TD, gates_TK, w_gate_up, w_down, rows, *terms)
+    rows = Rows.of(routing.experts, routing.computed(), len(w_down))
+    return LoopedExperts.apply(x_TD, routing.gates, w_gate_up, w_down, rows, *terms)
 
 
 @dataclass

@@ -3,7 +3,6 @@
 T tokens, D hidden size, E experts, K choices a token. All of it is computed in float32 at least.
 """
 
-import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -53,8 +52,8 @@ class Routing:
         """How many assignments FFN experts compute at most, as far as a host knows without asking the device."""
         if self.kept is None:
             return self.experts.numel()
-        ffn_capacity, _ = self.moe.capacities(len(self.experts))
-        rows = min(self.experts.numel(), self.moe.n_ffn * math.floor(ffn_capacity))
+        room, _ = balance.room(self.moe, len(self.experts))
+        rows = min(self.experts.numel(), self.moe.n_ffn * room)
         # to a compiler a number, where floats of another model's config would make it a symbol
         return len(range(rows))
 

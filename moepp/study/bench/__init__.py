@@ -75,7 +75,7 @@ def run(verb: str, arguments: list[str]) -> None:
 
     rows: list[Row] = []
     broken: list[str] = []
-    command = shlex.join(["moepp", verb, *arguments])
+    facts = results.provenance(at, shlex.join(["moepp", verb, *arguments]))
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         for name in wanted:
@@ -97,10 +97,10 @@ def run(verb: str, arguments: list[str]) -> None:
                 rows.append(Row(name, "the rest", "", note=f"broken: {type(error).__name__}: {error}"))
             # after every section: whatever cuts the bench off, what was measured is kept
             table = [*rows, *results.missing(rows, device)]
-            results.write(table, at, options.out, command)
+            results.write(table, device, facts, options.out)
             progress.update(task, completed=1)
 
-    results.show(table, at, command, Console(width=None if sys.stdout.isatty() else 240))
+    results.show(table, device, facts, Console(width=None if sys.stdout.isatty() else 240))
     plots.bench(options.out / "bench.png", rows)
     print(options.out / "bench.csv", options.out / "bench.png", file=sys.stderr)
     if broken:

@@ -77,22 +77,21 @@ def missing(rows: Sequence[Row], device: torch.device) -> list[Row]:
 TITLES = ("", "measured", "", "quartiles", "ideal", "of it", "paper", "target", "", "")
 
 
-def write(rows: Sequence[Row], at: Setting, folder: Path, command: str) -> None:
-    """The table as bench.txt and, one line a row, as bench.csv."""
-    facts = provenance(at, command)
+def write(rows: Sequence[Row], device: torch.device, facts: dict[str, str], folder: Path) -> None:
+    """The table as bench.txt and, one line a row, as bench.csv; `facts` are the provenance."""
     with (folder / "bench.csv").open("w", newline="") as file:
-        lines = [csv_line(row, at.device) | facts for row in rows]
+        lines = [csv_line(row, device) | facts for row in rows]
         writer = csv.DictWriter(file, list(lines[0]))
         writer.writeheader()
         writer.writerows(lines)
     with (folder / "bench.txt").open("w") as file:
-        show(rows, at, command, Console(file=file, width=240))
+        show(rows, device, facts, Console(file=file, width=240))
 
 
-def show(rows: Sequence[Row], at: Setting, command: str, console: Console) -> None:
+def show(rows: Sequence[Row], device: torch.device, facts: dict[str, str], console: Console) -> None:
     """The table and what it was measured on."""
-    console.print(table(rows, at.device))
-    for name, fact in provenance(at, command).items():
+    console.print(table(rows, device))
+    for name, fact in facts.items():
         console.print(f"{name}: {fact}", markup=False, highlight=False, soft_wrap=True)
 
 

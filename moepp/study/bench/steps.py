@@ -27,6 +27,7 @@ import moepp
 from moepp.model import MoEConfig, Transformer, TransformerConfig, flops_per_token, linear_cross_entropy
 from moepp.study.bench import peers
 from moepp.study.bench.setting import VANILLA, Row, Setting, measured
+from moepp.study.in_turn import synchronize
 from moepp.training.data import TokenDataModule
 from moepp.training.device import peak_flops
 from moepp.training.module import LitMoE
@@ -307,7 +308,7 @@ def start(at: Setting) -> Iterator[Row]:
 
 def waiting(at: Setting, data: TokenDataModule) -> Row:
     """Share of training steps under Lightning that passes before the batch is on the device."""
-    profiler, warm_up, on_gpu = Durations(), 5, at.device.type == "cuda"
+    profiler, warm_up, on_gpu = Durations(at.device), 5, at.device.type == "cuda"
     trainer = L.Trainer(
         accelerator=at.device.type,
         devices=1,
@@ -337,14 +338,16 @@ def waiting(at: Setting, data: TokenDataModule) -> Row:
 class Durations(SimpleProfiler):
     """Lightning's profiler, which here waits for a GPU to finish what it times, and does not print its report."""
 
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
     def start(self, action_name: str) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronize(self.device)
         super().start(action_name)
 
     def stop(self, action_name: str) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronize(self.device)
         super().stop(action_name)
 
     def summary(self) -> str:
