@@ -48,9 +48,9 @@ figures: setup ## what the router does: CKPT=…, or the newest checkpoint, on h
 
 # without a network there is nothing to install: then with what the machine's python3 has, and without what it lacks
 bench: ## speed against the limits and peers: a table, a CSV, a plot (ARGS=--quick)
-	@if $(MAKE) --no-print-directory $(VENV)/.bench; then run=$(MOEPP); \
-	else run='python3 -m moepp'; echo "nothing could be installed: going on with this machine's python3"; fi; \
-	echo "$$run bench $(ARGS)"; $$run bench $(ARGS)
+	@if $(MAKE) --no-print-directory $(VENV)/.bench; then run=$(VENV)/bin/python; \
+	else run=python3; echo "nothing could be installed: going on with this machine's python3"; fi; \
+	$$run -m tests.bench $(ARGS)
 
 $(VENV)/.bench: $(VENV)/.done
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

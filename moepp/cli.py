@@ -3,15 +3,14 @@
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 VERBS = {  # verb: (module, function of (verb, arguments), what it does)
     "fit": ("moepp.training.lightning_cli", "run", "train: moepp fit --config recipes/moepp.yaml"),
     "validate": ("moepp.training.lightning_cli", "run", "validation loss of a checkpoint"),
     "test": ("moepp.training.lightning_cli", "run", "the same as validate"),
-    "ablate": ("moepp.study.ablate", "run", "variants × seeds → a report: --matrix recipes/compare.yaml"),
-    "figures": ("moepp.study.figures", "run", "what the router does, drawn and counted: --ckpt PATH"),
-    "bench": ("moepp.study.bench", "run", "speed against the limits and peers, one table"),
+    "ablate": ("moepp.study.compare.ablate", "run", "variants × seeds → a report: --matrix recipes/compare.yaml"),
+    "figures": ("moepp.study.figures.command", "run", "what the router does, drawn and counted: --ckpt PATH"),
     "prepare": ("moepp.training.commands", "run", "text → tokenizer → token files"),
     "generate": ("moepp.training.commands", "run", "text from a checkpoint"),
     "import": ("moepp.training.commands", "run", "a released (Hugging Face) folder → a checkpoint"),
@@ -40,11 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # torch's own switch for large pages under large tensors: 2 to 11 % of a training step on a CPU
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    from moepp.model.errors import InputError  # with torch, which reads these
-
     module, function, _ = VERBS[verb]
+    return one_line_errors(verb, lambda: getattr(importlib.import_module(module), function)(verb, rest))
+
+
+def one_line_errors(verb: str, run: Callable[[], None]) -> int:
+    """The exit code of `run`: bad input ends in one line on stderr."""
+    from moepp.model.errors import InputError  # with torch, which reads the environment
+
     try:
-        getattr(importlib.import_module(module), function)(verb, rest)
+        run()
     except InputError as error:
         return fail(f"{verb}: {error}")
     except OSError as error:  # permissions, a full disk: the error names the file

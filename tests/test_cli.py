@@ -24,6 +24,6 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "scipy", None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr("moepp.cli.VERBS", VERBS | {"report": ("moepp.study.report", "run", "")})
+    monkeypatch.setattr("moepp.cli.VERBS", VERBS | {"report": ("moepp.study.compare.report", "run", "")})
     assert main(["report"]) == 2
     assert "pip install matplotlib scipy" in capsys.readouterr().err

@@ -4,8 +4,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from moepp.model import InputError
+from moepp.system.yaml_file import read_yaml
 from moepp.training.checkpoint import newest_checkpoint
-from moepp.training.yaml_file import read_yaml
 
 
 def expand_last(arguments: list[str], recipe: str) -> list[str]:

@@ -7,9 +7,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from moepp.training.callbacks import say
 from moepp.training.checkpoint import last_checkpoint, write_checkpoint
 from moepp.training.module import LitMoE
+from moepp.training.monitor import say
 from moepp.training.saving import within_step
 
 

@@ -14,8 +14,8 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from tokenizers import Tokenizer
 
 from moepp.model import InputError, MoEConfig, Transformer, TransformerConfig
-from moepp.training.durable import replacing
-from moepp.training.tokens import load_tokenizer
+from moepp.system.files import replacing
+from moepp.text.token_files import load_tokenizer
 
 
 def write_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:

@@ -10,11 +10,11 @@ from jsonargparse import auto_cli
 
 from moepp.model import InputError, export_released, load_released
 from moepp.model import generate as generation
+from moepp.system.machine import provenance
+from moepp.text.prepare import prepare as prepare_text
+from moepp.text.token_files import END_OF_TEXT, TokenFiles, load_tokenizer
 from moepp.training.checkpoint import load_model, newest_checkpoint, write_checkpoint
 from moepp.training.lightning_cli import OneLineParser
-from moepp.training.prepare import prepare as prepare_text
-from moepp.training.provenance import provenance
-from moepp.training.tokens import END_OF_TEXT, TokenFiles, load_tokenizer
 
 
 def run(verb: str, arguments: list[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from moepp.training.durable import replacing
+from moepp.system.files import replacing
 
 
 class CSVLog(Logger):

@@ -22,19 +22,19 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from moepp.model import InputError, count_parameters
+from moepp.system.cpu_memory import keep_freed_memory
+from moepp.system.device import device_name
+from moepp.system.machine import differences
+from moepp.system.quiet import quiet_lightning
+from moepp.text.data_module import TokenDataModule
+from moepp.text.token_files import padded_vocab_size
 from moepp.training.arguments import config_number, expand_bases, expand_last, newest_config
 from moepp.training.bad_steps import BadSteps
-from moepp.training.callbacks import Monitor, Summary, say
 from moepp.training.checkpoint import CheckpointFiles, require_state, step_checkpoints
-from moepp.training.cpu_memory import keep_freed_memory
 from moepp.training.csv_log import CSVLog
-from moepp.training.data import TokenDataModule
-from moepp.training.device import device_name
 from moepp.training.module import LitMoE
-from moepp.training.provenance import differences
-from moepp.training.quiet import quiet_lightning
+from moepp.training.monitor import Monitor, Summary, say
 from moepp.training.saving import Checkpoints, StopOnSignal
-from moepp.training.tokens import padded_vocab_size
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,  # max_steps decides

@@ -21,8 +21,8 @@ from moepp.model import (
     mean_load_balance_loss,
 )
 from moepp.model.config import require, require_sensible
+from moepp.system.machine import provenance
 from moepp.training.metrics import BitsPerByte
-from moepp.training.provenance import provenance
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
 from moepp.model import InputError
-from moepp.training.callbacks import say
+from moepp.system.files import fsync_folder
 from moepp.training.checkpoint import step_checkpoints, step_of, step_path
 from moepp.training.csv_log import CSVLog
-from moepp.training.durable import fsync_folder
+from moepp.training.monitor import say
 
 
 class Checkpoints(Checkpoint):

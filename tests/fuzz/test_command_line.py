@@ -238,7 +238,7 @@ def test_matrices(
     quick: bool,
     damage: Any,
 ) -> None:
-    monkeypatch.setattr("moepp.study.ablate.step_seconds", lambda reference: 0.01)
+    monkeypatch.setattr("moepp.study.compare.ablate.step_seconds", lambda reference: 0.01)
     matrix: Any = MATRIX
     for edit in edits:
         matrix = edit(matrix)

@@ -13,9 +13,9 @@ import zstandard
 from hypothesis import strategies as st
 
 from moepp.cli import main
-from moepp.training.corpus import open_source
-from moepp.training.data import TokenDataModule
-from moepp.training.tokens import data_hash
+from moepp.text.data_module import TokenDataModule
+from moepp.text.documents import open_source
+from moepp.text.token_files import data_hash
 from tests.fuzz.harness import EDIT, Edit, TreeEdit, cases, digests, refused, tree_edit, works_or_one_line
 
 SEQ_LEN, VOCABULARY = 32, 320

@@ -12,9 +12,9 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moepp.cli import main
+from moepp.text.token_files import data_hash
 from moepp.training.checkpoint import last_checkpoint, read_checkpoint, step_of, step_path
 from moepp.training.module import LitMoE
-from moepp.training.tokens import data_hash
 from tests.conftest import RECIPES, read_csv, tiny
 
 

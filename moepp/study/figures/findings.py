@@ -1,0 +1,176 @@
+"""The paper's five findings about expert load as numbers with intervals, and whether they hold here.
+
+Statistics are computed on sums over passages, and passages are drawn anew within each domain. The interval is the
+basic bootstrap's, [2θ - θ*(97.5 %), 2θ - θ*(2.5 %)]. A difference between domains is above 0 by chance alone, and
+in a resample θ* more so: percentiles of θ* would take that for a finding, mirrored at θ they do not.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moepp.study.figures.routing_stats import RoutingStats, Sums
+
+RESAMPLES, SHUFFLES = 1000, 200
+FEWEST_PASSAGES = 8  # of a domain: below, resampling says nothing
+SMALLEST_SPREAD = 0.01**2  # domains whose FFN experts per token differ by less than 0.01 (s.d.) count as alike
+SMALLEST_DIVERGENCE = 0.01  # bits; the same for their expert distributions
+
+Statistic = Callable[[Sums], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic, or an array of them, with 95 % intervals; NaN bounds where the text is too short for them."""
+
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "Estimate":
+        return Estimate(function(self.value), function(self.low), function(self.high))
+
+    def __getitem__(self, index: Any) -> "Estimate":
+        return self.map(lambda array: array[index])
+
+    def columns(self, name: str) -> dict[str, float]:
+        """Of a CSV, for a scalar."""
+        return {name: float(self.value), f"{name}_low": float(self.low), f"{name}_high": float(self.high)}
+
+
+class Bootstrap:
+    """Resamples of a text's passages, the same ones for every statistic.
+
+    Attributes:
+        sums: over the whole text.
+        too_short: domains of too few passages for intervals.
+    """
+
+    def __init__(self, stats: RoutingStats, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        by_domain = {domain: np.array(sums, np.float64) for domain, sums in stats.passages.sums.items()}  # (P, X)
+        self.too_short = [domain for domain, sums_PX in by_domain.items() if len(sums_PX) < FEWEST_PASSAGES]
+        times_drawn_DRP = [
+            rng.multinomial(len(sums_PX), np.full(len(sums_PX), 1 / len(sums_PX)), RESAMPLES)
+            for sums_PX in by_domain.values()
+        ]
+        pairs = zip(times_drawn_DRP, by_domain.values(), strict=True)
+        resampled_RDX = np.stack([times_drawn_RP @ sums_PX for times_drawn_RP, sums_PX in pairs], 1)
+        pool_PX = np.concatenate(list(by_domain.values()))
+        starts_D = np.cumsum([0] + [len(sums_PX) for sums_PX in by_domain.values()])[:-1]
+        shuffled_RDX = np.stack([np.add.reduceat(rng.permutation(pool_PX), starts_D) for _ in range(SHUFFLES)])
+        self.sums = stats.sums(np.stack([sums_PX.sum(0) for sums_PX in by_domain.values()]))
+        self._resampled, self._shuffled = stats.sums(resampled_RDX), stats.sums(shuffled_RDX)
+
+    def estimate(self, statistic: Statistic) -> Estimate:
+        """The statistic and its interval."""
+        value = statistic(self.sums)
+        high, low = 2 * value - np.quantile(statistic(self._resampled), (0.025, 0.975), axis=0)
+        if self.too_short:
+            low = high = np.full_like(value, np.nan)
+        return Estimate(value, low, high)
+
+    def above_chance(self, statistic: Statistic) -> Estimate:
+        """The same of a difference between domains, less what chance adds to it: as much as resampling adds."""
+        estimate = self.estimate(statistic)
+        return Estimate(2 * estimate.value - statistic(self._resampled).mean(0), estimate.low, estimate.high)
+
+    def shuffled(self, statistic: Statistic) -> np.ndarray:
+        """What a difference between domains reaches (97.5 %) where passages are shuffled over domains."""
+        return np.quantile(statistic(self._shuffled), 0.975, axis=0)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One claim, measured.
+
+    Attributes:
+        number: of the paper's finding.
+        claim: what the paper says.
+        measure: what stands for it here, with its unit.
+        estimate: of a scalar.
+        smallest: a value below it would not count.
+        chance: what text without the claimed difference reaches. Above `smallest`, the text is too short to deny.
+    """
+
+    number: int
+    claim: str
+    measure: str
+    estimate: Estimate
+    smallest: float = 0.0
+    chance: float = 0.0
+
+    @property
+    def threshold(self) -> float:
+        """The claim holds above it."""
+        return max(self.smallest, self.chance)
+
+    @property
+    def holds(self) -> str:
+        """`yes` where the whole interval is above the threshold, `no` where it is below what would count, else
+        `cannot tell`."""
+        if self.estimate.low > self.threshold:
+            return "yes"
+        return "no" if self.estimate.high < self.smallest else "cannot tell"
+
+    def row(self) -> dict[str, Any]:
+        """Of findings.csv."""
+        named = {name: getattr(self, name) for name in ("number", "claim", "measure", "threshold", "holds")}
+        return named | self.estimate.columns("measured")
+
+
+def findings(bootstrap: Bootstrap) -> list[Finding]:
+    """All five; of vanilla MoE, where every choice is an FFN expert, the fifth alone."""
+    divergence = Finding(
+        5,
+        "domains differ in the experts they choose",
+        "Jensen–Shannon divergence of the domains' expert distributions, mean over layers, less chance (bits)",
+        bootstrap.above_chance(Sums.divergence),
+        SMALLEST_DIVERGENCE,
+        float(bootstrap.shuffled(Sums.divergence)),
+    )
+    if bootstrap.sums.moe.n_zero_computation == 0:
+        return [divergence]
+    return [
+        Finding(
+            1,
+            "adjacent layers have correlated FFN load",
+            "correlation between tokens of the FFN counts in two adjacent layers, mean over pairs",
+            bootstrap.estimate(Sums.adjacent_correlation),
+        ),
+        Finding(
+            1,
+            "… as seen by domain",
+            "correlation between domains of the FFN experts per token in two adjacent layers, mean over pairs",
+            bootstrap.estimate(Sums.adjacent_correlation_of_domains),
+        ),
+        Finding(
+            1,
+            "… more so than layers further apart",
+            "correlation between tokens, less its mean over pairs of layers further apart",
+            bootstrap.estimate(Sums.adjacent_excess),
+        ),
+        Finding(
+            2,
+            "load varies more across domains in the first and last layer",
+            "variance between domains of FFN experts per token, first and last layer less those between",
+            bootstrap.estimate(Sums.outer_excess),
+        ),
+        Finding(
+            3,
+            "domains differ in FFN experts per token",
+            "variance between domains of FFN experts per token, less chance",
+            bootstrap.above_chance(Sums.spread),
+            SMALLEST_SPREAD,
+            float(bootstrap.shuffled(Sums.spread)),
+        ),
+        Finding(
+            4,
+            "zero experts are chosen most",
+            "share of tokens that choose a zero expert, less that of one expert of the next most chosen kind",
+            bootstrap.estimate(Sums.zero_excess),
+        ),
+        divergence,
+    ]

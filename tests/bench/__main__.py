@@ -1,0 +1,21 @@
+"""`python -m tests.bench`, what `make bench` calls."""
+
+import os
+import sys
+
+from moepp.cli import one_line_errors
+
+
+def main(arguments: list[str]) -> int:
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `moepp` does, before torch is imported
+
+    def run() -> None:
+        from tests.bench import command
+
+        command.run("bench", arguments)
+
+    return one_line_errors("bench", run)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,107 @@
+"""`make bench`: how fast the layer and the training step are, against their limits and peers, in one table.
+
+    setting.py  where and at which sizes, and the rows of the table
+    peers.py    what is compared with, and how routing is forced
+    layers.py   the layer: limits, τ, zero-computation experts, growth
+    steps.py    the training step: peers, memory, MFU, data, start-up
+    results.py  targets, table, CSV
+
+All functions that a row compares take turns in one process; a row is the median over rounds of their ratio within
+a round. Outputs are compared before anything is timed (peers.check). Data are random.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch._dynamo
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from moepp.model import InputError
+from moepp.study.compare import plots
+from moepp.system.cpu_memory import keep_freed_memory
+from moepp.system.quiet import quiet_lightning
+from tests.bench import layers, results, steps
+from tests.bench.peers import NotEqual
+from tests.bench.setting import SIZES, Row, Setting
+
+SECTIONS: dict[str, Callable[[Setting], Iterator[Row]]] = {
+    "layer": layers.layer,
+    "tau": layers.tau,
+    "zero": layers.zero_computation,
+    "tokens": layers.tokens,
+    "experts": layers.experts,
+    "constants": layers.constants,
+    "step": steps.step,
+    "mfu": steps.mfu,
+    "start": steps.start,
+}
+
+
+class Options(argparse.ArgumentParser):
+    def __init__(self) -> None:
+        super().__init__("make bench", description="Speed against limits and peers: a table, a CSV and a plot.")
+        self.add_argument("--size", choices=SIZES, help="of layer and model (default: by device)")
+        self.add_argument("--only", metavar="A,B", help=f"sections out of {','.join(SECTIONS)} (default: all)")
+        self.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of bench.csv and bench.png")
+        self.add_argument("--quick", action="store_true", help="few rounds: to see that it works")
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def run(verb: str, arguments: list[str]) -> None:
+    options = Options().parse_args(arguments)
+    wanted = options.only.split(",") if options.only else list(SECTIONS)
+    if unknown := set(wanted) - set(SECTIONS):
+        raise InputError(f"only: no section {min(unknown)!r}: use {', '.join(SECTIONS)}")
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    sizes = SIZES[options.size or ("gpu" if on_gpu else "cpu")]
+    at = Setting(sizes, device, rounds=3 if options.quick else 15, seconds=0.0 if options.quick else 6.0)
+    keep_freed_memory(device)  # as `moepp fit` does
+    # as many sizes of one layer are compiled; beyond the limit one would run uncompiled, without a word
+    torch._dynamo.config.recompile_limit = 64
+    options.out.mkdir(parents=True, exist_ok=True)
+    quiet_lightning()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's, which counts memory on a CPU
+
+    rows: list[Row] = []
+    broken: list[str] = []
+    facts = results.provenance(at, shlex.join(["python", "-m", "tests.bench", *arguments]))
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        for name in wanted:
+            task = progress.add_task(name, total=1)
+            torch.manual_seed(0)
+            torch.compiler.reset()
+            try:
+                for row in SECTIONS[name](at):
+                    rows.append(row)
+            except NotEqual as error:
+                raise SystemExit(
+                    f"moepp {verb}: {name}: {error}: not the same computation, so it is not timed"
+                ) from error
+            except torch.OutOfMemoryError:
+                rows.append(Row(name, "the rest", "", note="left out: does not fit the memory"))
+            except Exception as error:  # the other sections' figures are worth having, minutes of a GPU's time
+                traceback.print_exc()
+                broken.append(name)
+                rows.append(Row(name, "the rest", "", note=f"broken: {type(error).__name__}: {error}"))
+            # after every section: whatever cuts the bench off, what was measured is kept
+            table = [*rows, *results.missing(rows, device)]
+            results.write(table, device, facts, options.out)
+            progress.update(task, completed=1)
+
+    results.show(table, device, facts, Console(width=None if sys.stdout.isatty() else 240))
+    plots.bench(options.out / "bench.png", rows)
+    print(options.out / "bench.csv", options.out / "bench.png", file=sys.stderr)
+    if broken:
+        raise SystemExit(f"moepp {verb}: {', '.join(broken)} ended in an error, printed above")

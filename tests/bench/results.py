@@ -1,0 +1,184 @@
+"""The bench's rows → a table with the targets beside them, and bench.csv."""
+
+import csv
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+import moepp
+from moepp.system.device import device_name
+from moepp.system.machine import commit
+from tests.bench.setting import Row, Setting
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a row's value, or where it has an ideal its share of that, should reach.
+
+    Attributes:
+        cpu: two cores, float32; None where nothing is asked of a CPU.
+        gpu: one H100, bf16.
+        at_most: the value should stay below.
+    """
+
+    cpu: float | None
+    gpu: float
+    at_most: bool = False
+
+    def on(self, device: torch.device) -> float | None:
+        return self.gpu if device.type == "cuda" else self.cpu
+
+
+TARGETS = {  # (section, row)
+    ("layer", "τ = 0.75, forward + backward, per expert"): Target(0.92, 0.80),
+    ("layer", "τ = 0.1, forward + backward, per expert"): Target(0.80, 0.60),
+    ("tau", "τ = 0.75, forward + backward"): Target(0.95, 0.90),
+    ("step", "MoE++ against Mixtral's best back-end"): Target(1.5, 1.5),
+    ("step", "MoE++ against a dense Llama"): Target(1.0, 0.85),
+    ("zero", "τ = 0.75, forward + backward"): Target(5, 5, at_most=True),
+    ("mfu", "sizes/0.6b.yaml, compiled"): Target(None, 40),
+    ("experts", "64 FFN experts, same rows"): Target(1.25, 1.3, at_most=True),
+}
+
+
+def verdict(row: Row, device: torch.device) -> str:
+    """met, missed, or why there is none; empty for a row without a target."""
+    target = TARGETS.get((row.section, row.name))
+    aim = target.on(device) if target else None
+    if target is None or aim is None:
+        return ""
+    value = row.value if row.share is None else row.share
+    if value is None:
+        return "not measured"
+    return "met" if (value <= aim if target.at_most else value >= aim) else "missed"
+
+
+def missing(rows: Sequence[Row], device: torch.device) -> list[Row]:
+    """A row for each target that nothing was measured for."""
+    there = {(row.section, row.name) for row in rows}
+    return [
+        Row(section, name, "", note="not measured on this machine, or left out")
+        for section, name in TARGETS
+        if (section, name) not in there
+    ]
+
+
+# ---- output ------------------------------------------------------------------------------------------------
+
+TITLES = ("", "measured", "", "quartiles", "ideal", "of it", "paper", "target", "", "")
+
+
+def write(rows: Sequence[Row], device: torch.device, facts: dict[str, str], folder: Path) -> None:
+    """The table as bench.txt and, one line a row, as bench.csv; `facts` are the provenance."""
+    with (folder / "bench.csv").open("w", newline="") as file:
+        lines = [csv_line(row, device) | facts for row in rows]
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+    with (folder / "bench.txt").open("w") as file:
+        show(rows, device, facts, Console(file=file, width=240))
+
+
+def show(rows: Sequence[Row], device: torch.device, facts: dict[str, str], console: Console) -> None:
+    """The table and what it was measured on."""
+    console.print(table(rows, device))
+    for name, fact in facts.items():
+        console.print(f"{name}: {fact}", markup=False, highlight=False, soft_wrap=True)
+
+
+def table(rows: Sequence[Row], device: torch.device) -> Table:
+    shown = Table(box=SIMPLE, padding=(0, 1))
+    for title in TITLES:
+        shown.add_column(title, justify="left" if title == "" else "right")
+    section = None
+    for row in rows:
+        if row.section != section:
+            section = row.section
+            shown.add_section()
+            shown.add_row(f"[bold]{section}")
+        shown.add_row(*cells(row, device))
+    return shown
+
+
+def cells(row: Row, device: torch.device) -> tuple[str, ...]:
+    target = TARGETS.get((row.section, row.name))
+    aim = target.on(device) if target else None
+    quartiles = "–".join(number(q) for q in row.quartiles) if row.quartiles and row.rounds > 1 else ""
+    return (
+        row.name,
+        number(row.value),
+        row.unit,
+        quartiles,
+        number(row.ideal),
+        number(row.share),
+        number(row.paper),
+        f"{'≤' if target.at_most else '≥'} {aim:g}" if target and aim is not None else "",
+        verdict(row, device),
+        row.note,
+    )
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def csv_line(row: Row, device: torch.device) -> dict[str, Any]:
+    target = TARGETS.get((row.section, row.name))
+    lower, upper = row.quartiles or (None, None)
+    return {
+        "section": row.section,
+        "name": row.name,
+        "value": row.value,
+        "unit": row.unit,
+        "lower_quartile": lower,
+        "upper_quartile": upper,
+        "rounds": row.rounds,
+        "ideal": row.ideal,
+        "share_of_ideal": row.share,
+        "paper_share_of_ideal": row.paper,
+        "target": target.on(device) if target else None,
+        "verdict": verdict(row, device),
+        "note": row.note,
+    }
+
+
+def provenance(at: Setting, command: str) -> dict[str, str]:
+    """Machine, versions, sizes, command and commit."""
+    t = at.sizes.transformer
+    machine = f"{device_name(at.device)}, {processor()}, {os.cpu_count()} CPU cores"
+    return {
+        "machine": f"{machine}, {at.dtype}".replace("torch.", ""),
+        "versions": f"moepp {moepp.__version__}, torch {torch.__version__}, "
+        f"transformers {installed('transformers')}, Python {platform.python_version()}",
+        "layer": f"T = {at.sizes.n_tokens:,}, D = {t.hidden_size}, H = {t.intermediate_size}",
+        "model": f"{t.n_layers} layers of these sizes, V = {t.vocab_size:,}, "
+        f"{at.sizes.batch_size} × {t.context_length} tokens",
+        "command": command,
+        "commit": commit(),
+    }
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def processor() -> str:
+    """The CPU's name, where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

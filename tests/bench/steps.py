@@ -1,0 +1,369 @@
+"""A model's whole training step against other models', its memory and MFU; waiting for data; start-up.
+
+T tokens in B sequences of S, D hidden size, V vocabulary, L layers, H intermediate size, K choices a token.
+"""
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from itertools import accumulate
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.profilers import SimpleProfiler
+from torch import Tensor, nn
+
+import moepp
+from moepp.model import MoEConfig, Transformer, TransformerConfig, flops_per_token, linear_cross_entropy
+from moepp.study.in_turn import synchronize
+from moepp.system.device import peak_flops
+from moepp.text.data_module import TokenDataModule
+from moepp.training.module import LitMoE
+from tests.bench import peers
+from tests.bench.setting import VANILLA, Row, Setting, measured
+
+ROOT = Path(moepp.__file__).parents[1]
+RECIPE = ROOT / "recipes" / "sizes" / "0.6b.yaml"
+STARTS = 3  # of `moepp fit`
+BATCHED = 64  # tokens at most for transformers' batched_mm
+MATMUL = 2048  # rows and columns of the product that stands for a CPU's peak
+DENSE = MoEConfig(n_ffn=1, n_zero=0, n_copy=0, n_const=0, top_k=1, gating_residual=False)
+
+
+class TrainingStep:
+    """Forward, backward, clipping and AdamW of a model on random tokens (B, S). The learning rate is 0: a step
+    costs what it costs in training, and all steps are the same.
+
+    Args:
+        model: `training_step` is called on a LitMoE; of a model of transformers, hidden states and head.
+        own_loss: a model of transformers computes its loss itself, as its users have it. Otherwise all models
+            share moepp's chunked cross-entropy, so that the comparison is of what they differ in.
+    """
+
+    def __init__(self, at: Setting, model: nn.Module, tokens_BS: Tensor, own_loss: bool = False) -> None:
+        self.at, self.model, self.tokens_BS, self.own_loss = at, model.to(at.device), tokens_BS, own_loss
+        self.targets_BS = tokens_BS.roll(-1, dims=1)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.1, fused=True)
+
+    def __call__(self) -> None:
+        with self.at.autocast():
+            loss = self.loss()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def loss(self) -> Tensor:
+        """Cross-entropy, and for a mixture of experts β times its own balance loss."""
+        model: Any = self.model
+        if isinstance(model, LitMoE):
+            return model.training_step({"inputs": self.tokens_BS, "targets": self.targets_BS}, 0)["loss"]
+        router_logits = {"output_router_logits": True} if model.config.model_type == "mixtral" else {}
+        if self.own_loss:
+            return model(self.tokens_BS, labels=self.tokens_BS, **router_logits).loss
+        output = model.model(self.tokens_BS, **router_logits)
+        hidden_ND = output.last_hidden_state.flatten(0, 1)
+        on_gpu = hidden_ND.is_cuda  # there its softmax is compiled, for models that are not compiled too
+        loss = linear_cross_entropy(hidden_ND, model.lm_head.weight, self.targets_BS.flatten(), compile=on_gpu)
+        if router_logits:
+            from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+            balance = load_balancing_loss_func(output.router_logits, VANILLA.n_ffn, VANILLA.top_k)
+            loss = loss + VANILLA.balance_weight * balance
+        return loss
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        with self.at.autocast():
+            model: Any = self.model.model if isinstance(self.model, LitMoE) else self.model
+            return model(self.tokens_BS).logits
+
+
+class Models:
+    """Models of the setting's sizes with weights from the same seed and forced routing: MoE++ to the share that τ
+    implies, the others evenly over their FFN experts."""
+
+    def __init__(self, at: Setting, batch_size: int, seq_len: int) -> None:
+        self.at = at
+        self.config = at.sizes.transformer
+        # as wide as the K experts that a token nominally meets
+        self.wide = replace(self.config, intermediate_size=VANILLA.top_k * self.config.intermediate_size)
+        self.tokens_BS = torch.randint(self.config.vocab_size, (batch_size, seq_len), device=at.device)
+
+    def moepp(self, moe: MoEConfig, compile: bool = False, loop: bool = False) -> TrainingStep:
+        """Ours as `moepp fit` runs it, or with its experts in the released code's loop."""
+        torch.manual_seed(0)
+        model = LitMoE(self.wide if moe is DENSE else self.config, moe, compile=compile)
+        model.compile_loss = self.at.device.type == "cuda"  # as all that it is compared with
+        for i, block in enumerate(peers.blocks(model.model)):
+            peers.force(block.moe.router, peers.spread_evenly(self.tokens_BS.numel(), moe, moe.ffn_share, seed=i))
+            if loop:
+                block.moe = peers.ReleasedLoop(block.moe)
+        return TrainingStep(self.at, model, self.tokens_BS)
+
+    def mixtral(self, back_end: str, compile: bool = False, own_loss: bool = False) -> TrainingStep:
+        torch.manual_seed(0)
+        model: Any = peers.to_mixtral(Transformer(self.config, VANILLA), back_end)
+        for i, layer in enumerate(model.model.layers):
+            peers.force(layer.mlp.gate, peers.spread_evenly(self.tokens_BS.numel(), VANILLA, 1.0, seed=i))
+            if compile:
+                layer.compile()
+        return TrainingStep(self.at, model, self.tokens_BS, own_loss)
+
+    def llama(self, compile: bool = False) -> TrainingStep:
+        torch.manual_seed(0)
+        model: Any = peers.to_llama(Transformer(self.wide, DENSE))
+        for layer in model.model.layers if compile else ():
+            layer.compile()
+        return TrainingStep(self.at, model, self.tokens_BS)
+
+
+OURS, BARE, LOOP = "MoE++, τ = 0.75", "vanilla MoE", "MoE++, released loop"
+OWN_LOSS, LLAMA = "Mixtral, grouped_mm, its own loss", "Llama, dense"
+DATA_SHEET = "% of the data sheet's FLOP/s"
+INSTALL = "left out: needs `pip install 'transformers>=5'`"
+
+
+def contestants(models: Models, on_gpu: bool) -> dict[str, TrainingStep]:
+    """All that fit one batch, by name. transformers' models are left out where it is not installed.
+
+    Raises:
+        NotEqual: with the same weights and routing, logits differ from ours.
+    """
+    moe = MoEConfig(tau=0.75)
+    steps = {
+        OURS: models.moepp(moe, compile=on_gpu),
+        BARE: models.moepp(VANILLA, compile=on_gpu),
+        LOOP: models.moepp(moe, loop=True),
+    }
+    peers.check(f"logits of {LOOP}", steps[LOOP].logits(), steps[OURS].logits())
+    if find_spec("transformers") is None:
+        return steps
+    mixtrals = {
+        "Mixtral, eager": models.mixtral("eager"),
+        "Mixtral, grouped_mm": models.mixtral("grouped_mm"),
+        OWN_LOSS: models.mixtral("grouped_mm", own_loss=True),
+    }
+    llamas = {LLAMA: models.llama()}
+    if on_gpu:
+        steps[f"{OURS}, not compiled"] = models.moepp(moe)
+        mixtrals["Mixtral, grouped_mm, compiled"] = models.mixtral("grouped_mm", compile=True)
+        llamas[f"{LLAMA}, compiled"] = models.llama(compile=True)
+    for twins, ours in ((mixtrals, steps[BARE]), (llamas, models.moepp(DENSE))):
+        expected = ours.logits()
+        for name, peer in twins.items():
+            peers.check(f"logits of {name}", peer.logits(), expected)
+    return steps | mixtrals | llamas
+
+
+def step(at: Setting) -> Iterator[Row]:
+    """Tokens per second of whole training steps, what they hold in memory, and FLOPs against the device's peak."""
+    models = Models(at, at.sizes.batch_size, at.sizes.transformer.context_length)
+    steps = contestants(models, on_gpu=at.device.type == "cuda")
+    # last in the round, the most that the device can do: a CPU's peak is written down nowhere
+    a = torch.randn(MATMUL, MATMUL, device=at.device, dtype=at.dtype)
+    rounds = at.time([*steps.values(), lambda: a @ a])
+    *columns, matmul = zip(*rounds, strict=True)
+    seconds = dict(zip(steps, columns, strict=True))
+    for name, times in seconds.items():
+        yield measured("step", name, "tokens/s", [models.tokens_BS.numel() / s for s in times])
+
+    typical = {name: median(times) for name, times in seconds.items()}
+    mixtrals = [name for name in steps if name.startswith("Mixtral") and name != OWN_LOSS]
+    llamas = [name for name in steps if name.startswith(LLAMA)]
+    rivals = {name: name for name in (BARE, LOOP, OWN_LOSS) if name in steps}
+    if mixtrals:
+        rivals |= {
+            "Mixtral's best back-end": min(mixtrals, key=typical.__getitem__),
+            "a dense Llama": min(llamas, key=typical.__getitem__),
+        }
+    for what, rival in rivals.items():
+        ratios = [theirs / ours for ours, theirs in zip(seconds[OURS], seconds[rival], strict=True)]
+        yield measured("step", f"MoE++ against {what}", "×", ratios, note="" if what == rival else rival)
+    if mixtrals:
+        yield from batched_mm(at)
+        why = "left out: kernels for Hopper that transformers fetches from the Hub"
+        yield Row("step", "Mixtral, deepgemm and sonicmoe", "tokens/s", note=why)
+    else:
+        yield Row("step", "Mixtral and Llama of transformers", "tokens/s", note=INSTALL)
+
+    for name, one in steps.items():
+        mb = peak_memory(one, at.device) / 1e6
+        yield measured("memory", name, "MB", [mb], note="beside weights and AdamW's state")
+    for name, moe in ((OURS, MoEConfig(tau=0.75)), (BARE, VANILLA)):
+        config, peak = at.sizes.transformer, peak_flops(at.device, "bf16-mixed")
+        ffn_per_token = moe.top_k * moe.ffn_share  # as it is forced
+        flops = 3 * flops_per_token(config, moe, config.context_length, ffn_per_token) * models.tokens_BS.numel()
+        peaks = [peak or 2 * MATMUL**3 / s for s in matmul]
+        unit = DATA_SHEET if peak else f"% of a {MATMUL}² product's FLOP/s"
+        shares = [100 * flops / s / most for s, most in zip(seconds[name], peaks, strict=True)]
+        yield measured("mfu", name, unit, shares)
+
+
+def batched_mm(at: Setting) -> Iterator[Row]:
+    """transformers' back-end for decoding gathers the weights of every assignment, and keeps them for the backward
+    pass. It gets a few tokens, as many as let these fit half of the free memory, and we get the same."""
+    t = at.sizes.transformer
+    weights = t.n_layers * VANILLA.top_k * 3 * t.hidden_size * t.intermediate_size  # of one token
+    n_bytes = weights * (6 if at.device.type == "cuda" else 4)  # under autocast as they are and in bf16
+    most = min(BATCHED, at.sizes.batch_size * t.context_length, free_memory(at.device) // 2 // n_bytes)
+    if most < 8:
+        yield Row("step", "Mixtral, batched_mm", "tokens/s", note="left out: not even 8 tokens fit the memory")
+        return
+    seq_len = min(t.context_length, 2 ** (most.bit_length() - 1))
+    models = Models(at, max(1, most // seq_len), seq_len)
+    n_tokens = models.tokens_BS.numel()
+    note = f"on {n_tokens:,} tokens: it gathers the weights for each of them"
+    ours, peer = models.moepp(MoEConfig(tau=0.75)), models.mixtral("batched_mm")
+    peers.check("logits of Mixtral, batched_mm", peer.logits(), models.moepp(VANILLA).logits())
+    rounds = at.time([ours, peer])
+    yield measured("step", "Mixtral, batched_mm", "tokens/s", [n_tokens / s for _, s in rounds], note=note)
+    ratios = [theirs / ours for ours, theirs in rounds]
+    yield measured("step", "MoE++ against Mixtral, batched_mm", "×", ratios, note=note)
+
+
+def free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory(run: Callable[[], None], device: torch.device) -> int:
+    """Bytes of tensors at the peak of `run` above those before it: activations and gradients of a training step,
+    but not weights and optimizer state."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(accumulate(n_bytes for _, n_bytes in changes))
+
+
+def mfu(at: Setting) -> Iterator[Row]:
+    """The paper's 0.6B as in its recipe, compiled, with its own routing: only the FFN experts that are computed
+    count."""
+    name = "sizes/0.6b.yaml, compiled"
+    peak = peak_flops(at.device, "bf16-mixed")
+    if peak is None or not RECIPE.is_file():
+        yield Row("mfu", name, DATA_SHEET, note="needs a GPU whose peak is known, and recipes/")
+        return
+    recipe = yaml.safe_load(RECIPE.read_text())
+    options = recipe["model"]
+    transformer = TransformerConfig(**options["transformer"], vocab_size=recipe["data"]["vocab_size"])
+    moe = MoEConfig(**options["moe"])
+    torch.manual_seed(0)
+    model = LitMoE(transformer, moe, compile=True)
+    batch_size, seq_len = recipe["data"]["batch_size"], transformer.context_length
+    tokens_BS = torch.randint(transformer.vocab_size, (batch_size, seq_len), device=at.device)
+    one = TrainingStep(at, model, tokens_BS)
+    with torch.no_grad(), at.autocast():
+        computed = model.training_step({"inputs": tokens_BS, "targets": tokens_BS}, 0)["ffn_assignments"]
+    ffn_per_token = float(computed) / tokens_BS.numel() / transformer.n_layers
+    flops = 3 * flops_per_token(transformer, moe, seq_len, ffn_per_token) * tokens_BS.numel()
+    seconds = [s for (s,) in at.time([one])]
+    note = f"{tokens_BS.numel() / median(seconds):,.0f} tokens/s, {ffn_per_token:.2f} FFN experts per token"
+    yield measured("mfu", name, DATA_SHEET, [100 * flops / s / peak for s in seconds], note=note)
+
+
+# ---- data and start-up -------------------------------------------------------------------------------------
+
+
+def start(at: Setting) -> Iterator[Row]:
+    """How much of `moepp fit` is spent waiting for data, and how long it takes to its first step."""
+    t, rng = at.sizes.transformer, random.Random(0)
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(2000)]
+        # about two tokens a word; an epoch of some 50 steps
+        n_words = 25 * at.sizes.batch_size * t.context_length
+        text = "\n\n".join(" ".join(rng.choices(words, k=200)) for _ in range(n_words // 200 + 100))
+        path = Path(folder, "words.txt")
+        path.write_text(text)
+        data = TokenDataModule(
+            str(path), min(512, t.vocab_size), t.context_length, at.sizes.batch_size, out_root=folder
+        )
+        data.prepare_data()
+        data.setup()
+        yield waiting(at, data)
+        name, note = "`moepp fit` to the end of its first step", "the default model; text that is prepared already"
+        if lacking := [package for package in ("jsonargparse", "omegaconf") if find_spec(package) is None]:
+            yield Row("start", name, "s", note=f"left out: `moepp fit` needs {' and '.join(lacking)}")
+            return
+        starts = [seconds_to_first_step(data, Path(folder)) for _ in range(STARTS)]
+    yield measured("start", name, "s", starts, note=note)
+
+
+def waiting(at: Setting, data: TokenDataModule) -> Row:
+    """Share of training steps under Lightning that passes before the batch is on the device."""
+    profiler, warm_up, on_gpu = Durations(at.device), 5, at.device.type == "cuda"
+    trainer = L.Trainer(
+        accelerator=at.device.type,
+        devices=1,
+        precision="bf16-mixed" if on_gpu else "32-true",
+        max_steps=warm_up + at.rounds,
+        max_epochs=-1,
+        limit_val_batches=0,
+        gradient_clip_val=1.0,
+        profiler=profiler,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(LitMoE(at.sizes.transformer, MoEConfig(), compile=on_gpu), data)
+    actions = (
+        "[_TrainingEpochLoop].train_dataloader_next",
+        "[Strategy]SingleDeviceStrategy.batch_to_device",
+        "run_training_batch",
+    )
+    durations = list(zip(*(profiler.recorded_durations[action] for action in actions), strict=False))[warm_up:]
+    shares = [100 * (fetch + copy) / (fetch + copy + compute) for fetch, copy, compute in durations]
+    return measured("start", "waiting for data", "% of a training step", shares)
+
+
+class Durations(SimpleProfiler):
+    """Lightning's profiler, which here waits for a GPU to finish what it times, and does not print its report."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def start(self, action_name: str) -> None:
+        synchronize(self.device)
+        super().start(action_name)
+
+    def stop(self, action_name: str) -> None:
+        synchronize(self.device)
+        super().stop(action_name)
+
+    def summary(self) -> str:
+        return ""
+
+
+def seconds_to_first_step(data: TokenDataModule, folder: Path) -> float:
+    begun = time.perf_counter()
+    fit = [sys.executable, "-m", "moepp", "fit", "--trainer.log_every_n_steps=1"]
+    fit += [f"--data.path={data.files.path.absolute()}", f"--data.vocab_size={data.vocab_size}"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    with subprocess.Popen(fit, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        first = next((line for line in process.stdout if line.startswith("step")), None)
+        seconds = time.perf_counter() - begun
+        process.kill()
+    if first is None:
+        raise RuntimeError("`moepp fit` ended without a step")
+    return seconds

@@ -1,0 +1,367 @@
+"""Token files → batches, and their order through a real Trainer."""
+
+import hashlib
+import json
+import random
+import shutil
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from moepp.model.errors import InputError
+from moepp.text.data_module import IGNORE, TokenDataModule, TrainOrder, _ValWindows
+from moepp.text.prepare import prepare
+from moepp.text.token_files import TokenFiles
+from tests.text.conftest import one_line
+
+S, B = 16, 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Token files of three domains: 568 tokens to train on, 8 batches an epoch."""
+    root = tmp_path_factory.mktemp("data")
+    rng = random.Random(0)
+    (root / "text").mkdir()
+    for domain in "abc":
+        texts = (" ".join(rng.choices(["apple", "bird", "cat", "dog"], k=20)) for _ in range(12))
+        (root / "text" / f"{domain}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return str(prepare(str(root / "text"), 290, 0.2, str(root), progress=False))
+
+
+def module(folder: str, **options: object) -> TokenDataModule:
+    options = {"path": folder, "vocab_size": 290, "seq_len": S, "batch_size": B} | options
+    return TokenDataModule(**options)  # type: ignore[arg-type]
+
+
+def opened(folder: str, **options: object) -> TokenDataModule:
+    data = module(folder, **options)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+# ---- training order --------------------------------------------------------------------------------------------
+
+
+def oracle(tokens: np.ndarray, seed: int, n: int, seq_len: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Batch ``n`` from nothing but the seed and ``n``, written as plainly as possible."""
+    windows = len(tokens) // seq_len - 1
+    epoch, i = n // (windows // batch), n % (windows // batch)
+    rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    phase = rng.integers(seq_len)
+    order = rng.permutation(windows)
+    inputs, targets = [], []
+    for window in order[i * batch : (i + 1) * batch]:
+        start = phase + window * seq_len
+        inputs.append([int(tokens[start + j]) for j in range(seq_len)])
+        targets.append([int(tokens[start + j + 1]) for j in range(seq_len)])
+    return np.array(inputs), np.array(targets)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_those_of_the_oracle(folder: str, workers: int) -> None:
+    data = opened(folder, seed=7, num_workers=workers)
+    loader = data.train_dataloader()
+    batches = list(loader)
+    assert len(batches) == len(loader) > 5
+    for n, batch in enumerate(batches):
+        inputs, targets = oracle(data.files.train, 7, n, S, B)
+        assert batch["inputs"].dtype == batch["targets"].dtype == batch["domain"].dtype == torch.int64
+        assert batch["inputs"].numpy().tolist() == inputs.tolist()
+        assert batch["targets"].numpy().tolist() == targets.tolist()
+        assert batch["domain"].tolist() == [-1] * B
+
+
+def test_order_is_pinned() -> None:
+    """Runs are compared across versions of this code: the order must never change."""
+    order = TrainOrder(n_tokens=200, seq_len=10, batch_size=6, seed=3)
+    assert (order.windows, order.batches) == (19, 3)
+    assert [order(n) for n in (0, 2, 3)] == [
+        [118, 48, 98, 148, 168, 88],
+        [158, 58, 108, 78, 8, 138],
+        [18, 158, 58, 148, 8, 28],
+    ]
+
+
+@pytest.mark.parametrize("n_tokens", [11, 15, 19, 20, 21, 29, 30, 200, 205])
+def test_an_epoch_has_each_window_once_and_stays_inside(n_tokens: int) -> None:
+    order = TrainOrder(n_tokens, seq_len=10, batch_size=1, seed=0)
+    phases = set()
+    for epoch in range(50):
+        starts = [order(epoch * order.batches + i)[0] for i in range(order.batches)]
+        phase = min(starts)
+        assert sorted(starts) == [phase + 10 * w for w in range(order.windows)]
+        assert 0 <= phase < 10
+        assert max(starts) + 11 <= n_tokens
+        assert n_tokens - (order.windows * 10 + 1) < 20  # no more is left out than an epoch's shift needs
+        phases.add(phase)
+    assert len(phases) == min(10, n_tokens - 10 * order.windows)
+
+
+def test_seed_and_epoch_change_the_order() -> None:
+    order, other = TrainOrder(5000, 10, 50, 0), TrainOrder(5000, 10, 50, 1)
+    assert order(0) != other(0)
+    assert {s % 10 for s in order(0)} == {order(0)[0] % 10}
+    assert sorted(order(0)) != sorted(order(order.batches))
+    assert order(order.batches) != other(0)  # (seed 0, epoch 1) is not (seed 1, epoch 0)
+
+
+def test_devices_share_a_batch(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two devices with batches of 4 see together what one device with batches of 8 sees."""
+    whole = list(opened(folder, batch_size=8).train_dataloader())
+    parts = []
+    monkeypatch.setattr(TokenDataModule, "_world_size", 2)
+    for rank in range(2):
+        monkeypatch.setattr(TokenDataModule, "_rank", rank)
+        parts.append(list(opened(folder).train_dataloader()))
+    for n, batch in enumerate(whole):
+        assert torch.equal(batch["inputs"], torch.cat([parts[0][n]["inputs"], parts[1][n]["inputs"]]))
+    assert len(parts[0]) == len(parts[1]) == len(whole)
+
+
+# ---- validation ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("seq_len", [S, 7, 100])
+def test_validation_has_every_token_as_a_target_once(folder: str, seq_len: int, workers: int) -> None:
+    data = opened(folder, seq_len=seq_len, num_workers=workers, batch_size=1 if seq_len == 100 else B)
+    val, seen = data.files.val, Counter[tuple[int, int, int]]()
+    names = ("inputs", "targets", "domain")
+    for batch in data.val_dataloader():
+        assert batch["inputs"].shape == batch["targets"].shape == (len(batch["domain"]), seq_len)
+        for inputs, targets, domain in zip(*(batch[k].tolist() for k in names), strict=True):
+            count = seq_len - targets.count(IGNORE)
+            assert targets[count:] == [IGNORE] * (seq_len - count)
+            assert targets[: count - 1] == inputs[1:count]  # the next token
+            seen.update((domain, i, t) for i, t in zip(inputs[:count], targets[:count], strict=True))
+    wanted = Counter(
+        (d, int(val[i - 1]), int(val[i])) for d, (a, b) in enumerate(data.files.val_ranges) for i in range(a, b)
+    )
+    assert seen == wanted
+    assert sum(seen.values()) == len(val) - 1
+
+
+def test_bytes_of_validation_targets_are_the_bytes_of_the_documents(folder: str) -> None:
+    """What bits per byte divides by."""
+    data = opened(folder)
+    sizes = [0, 0, 0]
+    for batch in data.val_dataloader():
+        for targets, domain in zip(batch["targets"], batch["domain"], strict=True):
+            sizes[domain] += int(data.files.bytes_per_token[targets[targets != IGNORE]].sum())
+    assert sizes == [meta["val"]["bytes"] for meta in data.files.meta["domains"].values()]
+
+
+def test_first_validation_batches_mix_domains_and_do_not_depend_on_the_seed(folder: str) -> None:
+    first = next(iter(opened(folder, seed=0, batch_size=12).val_dataloader()))
+    again = next(iter(opened(folder, seed=1, batch_size=12).val_dataloader()))
+    assert set(first["domain"].tolist()) == {0, 1, 2}
+    assert torch.equal(first["inputs"], again["inputs"])
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_devices_share_validation_evenly(folder: str, world_size: int) -> None:
+    files = TokenFiles.open(folder)
+    parts = [_ValWindows(files, S, rank, world_size) for rank in range(world_size)]
+    assert len({len(part) for part in parts}) == 1  # else the slower devices would wait for ever
+    windows = [tuple(w) for part in parts for w in part.windows.tolist()]
+    whole = [tuple(w) for w in _ValWindows(files, S).windows.tolist()]
+    assert Counter(w for w in windows if w[1]) == Counter(whole)
+    empty = parts[-1].__getitems__([len(parts[-1]) - 1]) if (0, 0, 0) in windows else None
+    if empty:
+        assert (empty["targets"] == IGNORE).all()
+
+
+# ---- through a Trainer -----------------------------------------------------------------------------------------
+
+
+class Recorder(L.LightningModule):
+    """Learns nothing much and notes what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[str] = []
+
+    def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
+        self.seen.append(hashlib.sha256(batch["inputs"].numpy().tobytes()).hexdigest())
+        return self.weight * batch["targets"].float().mean()
+
+    def validation_step(self, batch: dict[str, torch.Tensor], _: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def run(
+    data: TokenDataModule,
+    steps: int,
+    root: Path,
+    resume: Path | None = None,
+    every: int | None = 1,
+    **options: Any,
+) -> tuple[list[str], Path]:
+    """Train up to ``steps``, with a checkpoint every so many of them (None: after validation).
+
+    Returns:
+        the batches, and the newest checkpoint.
+    """
+    model = Recorder()
+    keep = ModelCheckpoint(root, filename="{step}", save_last=True, every_n_train_steps=every, save_top_k=-1)
+    options |= {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    options |= {"num_sanity_val_steps": 0, "use_distributed_sampler": False, "default_root_dir": root}
+    trainer = L.Trainer(accelerator="cpu", max_steps=steps, callbacks=[keep], **options)
+    trainer.fit(model, data, ckpt_path=resume, weights_only=False if resume else None)
+    return model.seen, root / "last.ckpt"
+
+
+def expected(folder: str, batches: int) -> list[str]:
+    tokens = TokenFiles.open(folder).train
+    return [hashlib.sha256(oracle(tokens, 0, n, S, B)[0].tobytes()).hexdigest() for n in range(batches)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", ["middle", "end", "second"])
+def test_resumed_run_sees_the_same_batches(folder: str, tmp_path: Path, stop: str, workers: int) -> None:
+    """Stopped in the middle of the first epoch, at its end, and in the middle of the second."""
+    epoch = len(opened(folder).train_dataloader())
+    at, steps = {"middle": epoch // 2, "end": epoch, "second": epoch + 2}[stop], 2 * epoch + 3
+    whole = expected(folder, steps)
+    assert len(set(whole)) == steps
+    first, checkpoint = run(module(folder, num_workers=workers), at, tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        second, _ = run(module(folder, num_workers=workers), steps, tmp_path / "b", checkpoint)
+    assert first == whole[:at]
+    assert second == whole[at:]
+    assert not [w for w in caught if "not resumable" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"limit_train_batches": 5},
+        {"accumulate_grad_batches": 2},
+        {"val_check_interval": 3, "check_val_every_n_epoch": None},
+    ],
+)
+def test_other_settings_do_not_disturb_the_order(folder: str, tmp_path: Path, options: dict[str, int]) -> None:
+    per_step = options.get("accumulate_grad_batches", 1)
+    first, checkpoint = run(module(folder), 7, tmp_path, **options)
+    second, _ = run(module(folder), 16, tmp_path / "b", checkpoint, **options)
+    epoch = len(opened(folder).train_dataloader())
+    if per_step == 1:
+        assert first + second == expected(folder, 16)
+    else:  # an epoch with an odd number of batches ends with a step on one
+        assert first + second == expected(folder, len(first + second))
+        assert 2 * 16 - 2 * 16 // epoch - 2 <= len(first + second) <= 2 * 16
+
+
+def test_resume_from_a_checkpoint_after_validation(folder: str, tmp_path: Path) -> None:
+    """Those of the middle of an epoch, of its end, and of the next: three states of Lightning's counters."""
+    epoch = len(opened(folder).train_dataloader())
+    assert epoch % 2 == 0
+    run(module(folder), epoch + 2, tmp_path, every=None, val_check_interval=2)
+    for step in (2, epoch - 2, epoch, epoch + 2):
+        checkpoint = tmp_path / f"step={step}.ckpt"
+        seen, _ = run(module(folder), 2 * epoch, tmp_path / str(step), checkpoint, val_check_interval=2)
+        assert seen == expected(folder, 2 * epoch)[step:]
+
+
+def test_resume_after_a_crash_inside_a_step(folder: str, tmp_path: Path) -> None:
+    """The batch that was being worked on is seen again."""
+
+    class Crash(Recorder):
+        def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
+            loss = super().training_step(batch, index)
+            if len(self.seen) == 4:
+                self.trainer.save_checkpoint(tmp_path / "crash.ckpt")
+                raise RuntimeError("power cut")
+            return loss
+
+    quiet: Any = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(accelerator="cpu", max_steps=9, enable_checkpointing=False, **quiet)
+    with pytest.raises(RuntimeError, match="power cut"):
+        trainer.fit(Crash(), module(folder))
+    second, _ = run(module(folder), 9, tmp_path / "b", tmp_path / "crash.ckpt")
+    assert second == expected(folder, 9)[3:]
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("vocab_size", 256),
+        ("seq_len", 0),
+        ("batch_size", 0),
+        ("seed", -1),
+        ("val_fraction", 0.0),
+        ("val_fraction", 1.0),
+        ("num_workers", -1),
+        ("num_workers", 10**6),
+        ("seed", 2**63),
+        ("vocab_size", 10**12),
+        ("seq_len", None),  # what ${model.transformer.context_length} is, where a recipe leaves it empty
+    ],
+)
+def test_impossible_arguments(folder: str, key: str, value: float | None) -> None:
+    with pytest.raises(InputError) as error:
+        module(folder, **{key: value})
+    one_line(error, f"data.{key} must", f"not {value}")
+
+
+def test_text_shorter_than_a_sequence_or_a_batch(folder: str) -> None:
+    tokens = len(TokenFiles.open(folder).train)
+    opened(folder, seq_len=tokens - 1, batch_size=1)
+    with pytest.raises(InputError) as error:
+        opened(folder, seq_len=tokens, batch_size=1)
+    one_line(error, f"{tokens} training tokens", f"one sequence of {tokens} + 1", "data.seq_len")
+    with pytest.raises(InputError) as error:
+        opened(folder, seq_len=16, batch_size=10_000)
+    one_line(error, f"{tokens} training tokens", "one batch of 10000 x 1 sequences of 16", "data.batch_size")
+
+
+def test_prepared_folder_of_another_vocabulary(folder: str) -> None:
+    with pytest.raises(InputError) as error:
+        opened(folder, vocab_size=8192)
+    one_line(error, "vocabulary of 320, not of 8192", "data.vocab_size=320")
+    opened(folder, vocab_size=320)
+
+
+def test_truncated_token_file(folder: str, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "val.bin").write_bytes((copy / "val.bin").read_bytes()[:-2])
+    with pytest.raises(InputError) as error:
+        opened(str(copy))
+    one_line(error, "val.bin", "cut off")
+
+
+def test_tokens_outside_the_vocabulary_are_refused_before_the_model_sees_them(folder: str, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    for name in ("train.bin", "val.bin"):
+        ids = np.fromfile(copy / name, np.uint16)
+        ids[len(ids) // 2] = 999
+        ids.tofile(copy / name)
+    with pytest.raises(InputError) as error:
+        run(module(str(copy)), 9, tmp_path / "run")
+    one_line(error, f"{copy} is damaged: it holds token 999, and its vocabulary ends at 319")
+
+
+def test_text_is_prepared_at_first_use(tmp_path: Path) -> None:
+    (tmp_path / "my.txt").write_text("A line of text, and another.\n\n" * 400)
+    data = opened(str(tmp_path / "my.txt"), out_root=str(tmp_path / "out"))
+    assert data.files.path.parent == tmp_path / "out"
+    assert data.files.domains == ["my"]
+    assert next(iter(data.train_dataloader()))["inputs"].shape == (B, S)
+    assert len(data.test_dataloader()) == len(data.val_dataloader()) > 0

@@ -1,0 +1,112 @@
+"""The folder of token files: what it says, and what is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moepp.model.errors import InputError
+from moepp.text.token_files import TokenFiles, data_hash, padded_vocab_size, sha256_of
+from tests.text.conftest import make, one_line, write_text
+
+
+def test_padding_of_the_vocabulary_and_dtype(tmp_path: Path) -> None:
+    sizes = {257: 320, 320: 320, 321: 384, 8192: 8192, 65536: 65536, 65537: 65600}
+    assert {size: padded_vocab_size(size) for size in sizes} == sizes
+    write_text(tmp_path / "text", {"a": 4})
+    files = TokenFiles.open(make(tmp_path, vocab_size=65537))
+    assert (files.train.dtype, files.meta["padded_vocab_size"]) == (np.uint32, 65600)
+
+
+def test_bytes_per_token(prepared: tuple[list[tuple[str, str]], TokenFiles]) -> None:
+    _, files = prepared
+    counts = files.bytes_per_token
+    assert counts.dtype == torch.int64
+    assert counts.shape == (320,)
+    assert counts[0] == 0
+    assert counts[files.meta["vocab_size"] :].sum() == 0
+    assert (counts[1 : files.meta["vocab_size"]] >= 1).all()
+    for part, ids in (("train", files.train), ("val", files.val)):  # adds up to the bytes of the documents
+        size = sum(meta[part]["bytes"] for meta in files.meta["domains"].values())
+        assert counts[torch.from_numpy(ids.astype(np.int64))].sum() == size
+
+
+def test_describe(prepared: tuple[list[tuple[str, str]], TokenFiles]) -> None:
+    written, files = prepared
+    table = files.describe()
+    columns = [list(column.cells) for column in table.columns]
+    assert columns[0] == ["a", "b", "single", "all"]
+    assert columns[1] == ["40", "60", "1", "101"]
+    size = sum(len(text.encode()) for _, text in written)
+    total = len(files.train) + len(files.val) - 2
+    assert columns[4][-1] == f"{total:,}"
+    assert columns[6][-1] == f"{size / total:.2f}"
+
+
+def cut(folder: Path) -> None:
+    with (folder / "train.bin").open("r+b") as file:
+        file.truncate(100)
+
+
+def other_tokenizer(folder: Path) -> None:
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace("<|endoftext|>", "<|end_of_text|>"))
+
+
+def change_meta(*keys: str, value: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        meta = entry = json.loads((folder / "meta.json").read_text())
+        for key in keys[:-1]:
+            entry = entry[key]
+        entry[keys[-1]] = value
+        (folder / "meta.json").write_text(json.dumps(meta))
+
+    return change
+
+
+def no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["tokenizer_sha256"] = sha256_of("{}")
+    meta["data_hash"] = data_hash(meta)
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize(
+    ("damage", "parts"),
+    [
+        (change_meta("dtype", value="float16"), ["dtype is float16"]),
+        (change_meta("vocab_size", value="300"), ["a count is no whole number"]),
+        (change_meta("padded_vocab_size", value=64), ["more tokens than its vocabulary"]),
+        (change_meta("data_hash", value=None), ["data_hash is not that of its files"]),
+        (change_meta("domains", value={}), ["its domains have"]),
+        (change_meta("domains", "a", "val_range", value=[1, 10**6]), ["val_range of a is [1, 1000000]"]),
+        (change_meta("domains", "b", "train", "bytes", value=None), ["a count is no whole number"]),
+        (change_meta("domains", "b", "train", "tokens", value=7), ["its domains have"]),
+        (lambda f: (f / "meta.json").write_text("[" * 10**5), ["RecursionError"]),
+        (no_tokenizer, ["tokenizer.json cannot be read, is it damaged?"]),
+        (cut, ["train.bin is 100 bytes, not", "delete the folder"]),
+        (other_tokenizer, ["another tokenizer than tokenizer.json"]),
+        (lambda f: (f / "val.bin").unlink(), ["cannot be read as token files", "val.bin"]),
+        (lambda f: (f / "meta.json").write_text("{"), ["cannot be read as token files"]),
+        (lambda f: (f / "meta.json").write_text("[]"), ["cannot be read as token files"]),
+        (lambda f: (f / "meta.json").write_text('{"format": 99}'), ["has format 99, not 1"]),
+        (lambda f: (f / "meta.json").unlink(), ["cannot be read as token files", "meta.json"]),
+    ],
+)
+def test_damaged_folder(
+    tmp_path: Path,
+    prepared: tuple[list[tuple[str, str]], TokenFiles],
+    damage: Callable[[Path], None],
+    parts: list[str],
+) -> None:
+    folder = shutil.copytree(prepared[1].path, tmp_path / "copy")
+    TokenFiles.open(folder)
+    damage(folder)
+    with pytest.raises(InputError) as error:
+        TokenFiles.open(folder)
+    one_line(error, *parts, str(folder))
