@@ -101,6 +101,11 @@ class MoEConfig:
         """Share of all assignments that FFN experts take at balance: τ·N_FFN / (τ·N_FFN + N_ZC)."""
         return self.tau * self.n_ffn / (self.tau * self.n_ffn + self.n_zero_computation)
 
+    @property
+    def expected_ffn_per_token(self) -> float:
+        """FFN experts that a token takes at balance, out of its K."""
+        return self.top_k * self.ffn_share
+
     def capacities(self, n_tokens: int) -> tuple[float, float]:
         """Assignments that one FFN and one zero-computation expert may take out of `n_tokens` · K (equation 8)."""
         if self.capacity_factor is None:

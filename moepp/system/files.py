@@ -1,10 +1,15 @@
-"""Files that are whole at every moment, also after a power cut."""
+"""Files that are whole at every moment, also after a power cut; YAML that a person wrote, and where two differ."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import yaml
+
+from moepp.model.errors import InputError
 
 
 @contextmanager
@@ -32,3 +37,28 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_yaml(path: Path) -> Any:
+    """What the file holds.
+
+    Raises:
+        InputError: it is not YAML, or holds itself (`a: &a [*a]`); names the file.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        json.dumps(content, default=str, skipkeys=True)  # finds circles, which others would follow without end
+        return content
+    except OSError:
+        raise
+    except Exception as error:  # YAMLError, and what int(), date() and the stack have to say to a wrong value
+        raise InputError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+
+
+def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, old value, new value) wherever two nested mappings differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            yield from differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+    elif old != new:
+        yield key, old, new

@@ -1,21 +1,29 @@
-"""What a run came from: kept in its result and in its checkpoints."""
+"""The machine, its devices and its libraries: what they are called, what they can do, and how they are set up."""
 
+import ctypes
+import logging
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+import sys
+import warnings
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from moepp import __version__
 
+HALF = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
+# bf16 and fp16, of NVIDIA's data sheets. Lightning's table has these cards with sparsity or in pairs, twice what a
+# matrix product can reach, and does not know the name "NVIDIA H200".
+HALF_FLOPS = {"H100 NVL": 835.5e12, "H200 NVL": 835.5e12, "H200": 989.5e12}
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
 
 @cache
 def provenance() -> dict[str, str]:
-    """Versions, the source's commit, and the machine."""
+    """What a result came from: versions, the source's commit, and the machine."""
     return {
         "moepp": __version__,
         "commit": commit(),
@@ -36,10 +44,44 @@ def commit() -> str:
     return head.strip() + (" with changes" if changes else "")
 
 
-def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(key, old value, new value) wherever two nested mappings differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in sorted(old.keys() | new.keys()):
-            yield from differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
-    elif old != new:
-        yield key, old, new
+@cache
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """The device's peak in FLOP/s at this precision, without sparsity; None where nobody has written it down."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    for chip, flops in HALF_FLOPS.items():
+        if chip in name:
+            return flops if precision in HALF else None
+    from lightning.fabric.utilities.throughput import get_available_flops  # with all of Lightning
+
+    return get_available_flops(device, HALF.get(precision, torch.float32))
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads"
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """On a CPU: have glibc keep what is freed for the next tensor, instead of handing it back to the system.
+
+    Otherwise each tensor of over 32 MB, such as the stacked gradients of 64 experts, is fresh memory in every
+    step, and the page faults cost as much as a product: 64 experts took 1.5 times the time of 8, and now take 1.2
+    (recipes/results/LOG.md). Does nothing where there is another C library, nor for a GPU, whose host memory is
+    better handed back.
+    """
+    if device.type != "cpu" or sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def quiet_lightning() -> None:
+    """Silence its notes on unused GPUs, few workers and where else to log."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"lightning\..*")

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from zipfile import ZipFile
 
 from moepp.model.errors import InputError
-from moepp.system.yaml_file import read_yaml
+from moepp.system.files import read_yaml
 
 T = TypeVar("T")
 

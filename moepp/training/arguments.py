@@ -4,7 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from moepp.model import InputError
-from moepp.system.yaml_file import read_yaml
+from moepp.system.files import read_yaml
 from moepp.training.checkpoint import newest_checkpoint
 
 

@@ -22,10 +22,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from moepp.model import InputError, count_parameters
-from moepp.system.cpu_memory import keep_freed_memory
-from moepp.system.device import device_name
-from moepp.system.machine import differences
-from moepp.system.quiet import quiet_lightning
+from moepp.system.files import differences
+from moepp.system.machine import device_name, keep_freed_memory, quiet_lightning
 from moepp.text.data_module import TokenDataModule
 from moepp.text.token_files import padded_vocab_size
 from moepp.training.arguments import config_number, expand_bases, expand_last, newest_config
@@ -51,16 +49,31 @@ RUN_DIR = "MOEPP_RUN_DIR"  # set by the first process of a run for those that it
 
 
 def run(verb: str, arguments: list[str]) -> None:
+    """Do what the command line says."""
+    parse(MoECLI, verb, arguments)
+
+
+def resolve(arguments: list[str]) -> dict[str, Any]:
+    """All options that `moepp fit` would run with, checked, as config.yaml has them; nothing is trained.
+
+    Raises:
+        InputError: an option is unknown, of another type or impossible.
+    """
+    cli = parse(OptionsAlone, "fit", arguments)
+    return yaml.safe_load(cli._parser("fit").dump(cli.config.fit, skip_none=False))
+
+
+def parse(cli: type["MoECLI"], verb: str, arguments: list[str]) -> "MoECLI":
     quiet_lightning()
-    subcommands = MoECLI.subcommands()
+    subcommands = cli.subcommands()
     # ${model.…} in a recipe means the recipe's own `model`, which LightningCLI nests below the verb
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     arguments = expand_bases(arguments)
     recipes = [Path(value).stem for flag, value in pairwise(arguments) if flag == "--config"]
-    MoECLI.recipe = recipes[-1] if recipes else "default"
-    arguments = expand_last(arguments, MoECLI.recipe)
+    cli.recipe = recipes[-1] if recipes else "default"
+    arguments = expand_last(arguments, cli.recipe)
     try:
-        MoECLI(
+        return cli(
             LitMoE,
             TokenDataModule,
             save_config_callback=None,
@@ -303,13 +316,26 @@ class MoECLI(LightningCLI):
 
     def announce(self, model: LitMoE) -> None:
         parameters = count_parameters(model.transformer, model.moe)
-        active = parameters.active(model.moe.top_k * model.moe.ffn_share)
+        active = parameters.active(model.moe.expected_ffn_per_token)
         device = device_name(self.trainer.strategy.root_device)
         say(
             self.trainer,
             f"{self.run_dir}: {parameters.total / 1e6:.1f}M parameters, "
             f"about {active / 1e6:.1f}M active per token, {self.trainer.precision} on {device}",
         )
+
+
+class OptionsAlone(MoECLI):
+    """Parses and checks, and neither builds nor runs anything."""
+
+    def _set_seed(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
 
 
 @contextmanager

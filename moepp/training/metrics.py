@@ -1,10 +1,21 @@
-"""Bits per byte: the one validation figure that can be compared across tokenizers."""
+"""What is measured: the metrics' names, and bits per byte, the one figure that can be compared across tokenizers.
+
+Metrics have the same names in metrics.csv, in every logger and in result.json. Those of a validation have a stage
+in front: `val` in the course of a run, on what limit_val_batches leaves of held-out text, `final` on all of it.
+"""
 
 import math
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+STEP = "step"  # optimizer steps so far: the first column of metrics.csv
+CROSS_ENTROPY, TOKENS = "train/cross_entropy", "train/tokens"
+FFN_PER_TOKEN = "routing/ffn_per_token"
+TOKENS_PER_SECOND, MFU = "speed/tokens_per_second", "speed/mfu"
+VAL, FINAL = "val/", "final/"  # stages; after them comes one of
+LOSS, PERPLEXITY, BITS, FFN = "loss", "perplexity", "bits_per_byte", "ffn_per_token"  # BITS also "/<domain>"
 
 
 class BitsPerByte(Metric):

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from moepp.model import count_parameters, flops_per_token
 from moepp.model.generate import generate
-from moepp.system.device import device_name, peak_flops
 from moepp.system.files import replacing
-from moepp.system.machine import provenance
+from moepp.system.machine import device_name, peak_flops, provenance
 from moepp.text.token_files import END_OF_TEXT_ID
 from moepp.training.collapse import CollapseWatch
 from moepp.training.csv_log import CSVLog
@@ -162,7 +161,7 @@ class Summary(L.Callback):
             **provenance(),
             "parameters": parameters.total,
             "active_parameters": round(parameters.active(final["final/ffn_per_token"])),
-            "ffn_per_token_expected": pl_module.moe.top_k * pl_module.moe.ffn_share,
+            "ffn_per_token_expected": pl_module.moe.expected_ffn_per_token,
             **final,
         }
         text = json.dumps(result, indent=2) + "\n"

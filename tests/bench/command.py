@@ -26,8 +26,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from moepp.model import InputError
 from moepp.study.compare import plots
-from moepp.system.cpu_memory import keep_freed_memory
-from moepp.system.quiet import quiet_lightning
+from moepp.system.machine import keep_freed_memory, quiet_lightning
 from tests.bench import layers, results, steps
 from tests.bench.peers import NotEqual
 from tests.bench.setting import SIZES, Row, Setting

@@ -15,8 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import moepp
-from moepp.system.device import device_name
-from moepp.system.machine import commit
+from moepp.system.machine import commit, device_name
 from tests.bench.setting import Row, Setting
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from moepp.model import MoEConfig, TransformerConfig
-from moepp.study.in_turn import in_turn
+from moepp.study.timing import in_turn
 
 VANILLA = MoEConfig(n_zero=0, n_copy=0, n_const=0, gating_residual=False)
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 import moepp
 from moepp.model import MoEConfig, Transformer, TransformerConfig, flops_per_token, linear_cross_entropy
-from moepp.study.in_turn import synchronize
-from moepp.system.device import peak_flops
+from moepp.study.timing import synchronize
+from moepp.system.machine import peak_flops
 from moepp.text.data_module import TokenDataModule
 from moepp.training.module import LitMoE
 from tests.bench import peers
@@ -202,7 +202,7 @@ def step(at: Setting) -> Iterator[Row]:
         yield measured("memory", name, "MB", [mb], note="beside weights and AdamW's state")
     for name, moe in ((OURS, MoEConfig(tau=0.75)), (BARE, VANILLA)):
         config, peak = at.sizes.transformer, peak_flops(at.device, "bf16-mixed")
-        ffn_per_token = moe.top_k * moe.ffn_share  # as it is forced
+        ffn_per_token = moe.expected_ffn_per_token  # as it is forced
         flops = 3 * flops_per_token(config, moe, config.context_length, ffn_per_token) * models.tokens_BS.numel()
         peaks = [peak or 2 * MATMUL**3 / s for s in matmul]
         unit = DATA_SHEET if peak else f"% of a {MATMUL}² product's FLOP/s"

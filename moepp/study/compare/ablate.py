@@ -30,9 +30,8 @@ from rich.table import Table
 
 from moepp.model import InputError, count_parameters
 from moepp.study.compare.matrix import Matrix, Run, read_matrix, resolve
-from moepp.study.compare.timing import best_device, step_seconds
-from moepp.system.files import replacing
-from moepp.system.machine import differences
+from moepp.study.compare.speed import best_device, step_seconds
+from moepp.system.files import differences, replacing
 from moepp.text.data_module import TokenDataModule
 from moepp.training.checkpoint import last_checkpoint, read_checkpoint, write_checkpoint
 
@@ -339,7 +338,7 @@ def dry_run(matrix: Matrix, runs: list[Run]) -> None:
         to_run = [run for run in own if not run.finished]
         flops = variant.training_flops()
         parameters = count_parameters(variant.transformer, variant.moe)
-        active = parameters.active(variant.moe.top_k * variant.moe.ffn_share)
+        active = parameters.active(variant.moe.expected_ffn_per_token)
         flops_left += len(to_run) * flops
         seconds_left += len(to_run) * flops * per_flop
         table.add_row(

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from moepp.model import InputError, MoEConfig, TransformerConfig, flops_per_token
-from moepp.system.yaml_file import read_yaml
+from moepp.system.files import read_yaml
 from moepp.text.token_files import padded_vocab_size
 from moepp.training import lightning_cli
 
@@ -59,7 +59,7 @@ class Variant:
     def training_flops(self, ffn_per_token: float | None = None) -> float:
         """FLOPs of one run's training steps, by default with the FFN experts per token that theory expects."""
         if ffn_per_token is None:
-            ffn_per_token = self.moe.top_k * self.moe.ffn_share
+            ffn_per_token = self.moe.expected_ffn_per_token
         seq_len = self.options["data"]["seq_len"]
         return self.tokens * 3 * flops_per_token(self.transformer, self.moe, seq_len, ffn_per_token)
 

@@ -8,33 +8,18 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import matplotlib.ticker
 import numpy as np
 from matplotlib.axes import Axes
 
+from moepp.study.style import BLACK, BLUE, COLOURS, GREEN, ORANGE, PINK, STYLE, save
+
 if TYPE_CHECKING:  # drawing needs no scipy
     from moepp.study.compare.results import Curve
+    from moepp.study.compare.speed import Ratio
     from moepp.study.compare.stats import Paired
-    from moepp.study.compare.timing import Ratio
     from tests.bench.setting import Row
-
-BLACK, BLUE, ORANGE, GREEN, PINK = "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-COLOURS = [BLACK, BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9", "#7F7F7F"]
-KIND_COLOURS = {"ffn": BLUE, "const": "#E69F00", "copy": GREEN, "zero": "#BBBBBB"}  # of experts, everywhere
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "axes.axisbelow": True,
-    "figure.constrained_layout.use": True,
-    "legend.frameon": False,
-}
 
 
 def loss_curves(path: Path, curves: Mapping[str, Sequence[Curve]]) -> None:
@@ -222,8 +207,3 @@ def bars(axes: Axes, rows: Sequence[Row], colours: Sequence[str]) -> None:
 def number_in(name: str) -> float:
     """The first number of a row's name: "τ = 0.75, forward" → 0.75."""
     return float(re.findall(r"[\d,.]+\d|\d", name)[0].replace(",", ""))
-
-
-def save(figure: plt.Figure, path: Path) -> None:
-    figure.savefig(path, dpi=130)
-    plt.close(figure)

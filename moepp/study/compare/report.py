@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from moepp.model import count_parameters
-from moepp.study.compare import plots, timing
+from moepp.study.compare import plots, speed
 from moepp.study.compare.matrix import Matrix, Run, Variant
 from moepp.study.compare.results import Result, at_equal_flops, read_result
+from moepp.study.compare.speed import Ratio, Speed
 from moepp.study.compare.stats import Paired, mean_sd, paired
-from moepp.study.compare.timing import Ratio, Speed
 from moepp.training.checkpoint import last_checkpoint
 
 
@@ -73,7 +73,7 @@ class Row:
     @property
     def ffn_expected(self) -> float:
         """FFN experts per token and layer at perfect balance."""
-        return self.variant.moe.top_k * self.variant.moe.ffn_share
+        return self.variant.moe.expected_ffn_per_token
 
     @property
     def ideal_speedup(self) -> float:
@@ -139,7 +139,7 @@ def add_speed(matrix: Matrix, rows: list[Row], out: Path) -> None:
             trained[row.variant.name] = run
     if matrix.reference.name not in trained:
         return
-    speeds = timing.measure(list(trained.values()), trained[matrix.reference.name], out / "timing.json")
+    speeds = speed.measure(list(trained.values()), trained[matrix.reference.name], out / "timing.json")
     for row in rows:
         row.speed = speeds.get(row.variant.name)
 

@@ -16,13 +16,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from moepp.model import InputError, Transformer
-from moepp.study.compare.plots import STYLE
 from moepp.study.figures.findings import FEWEST_PASSAGES, RESAMPLES, Bootstrap, Finding, findings
 from moepp.study.figures.gallery import Looked, gallery, write_csv
 from moepp.study.figures.page import number, page
 from moepp.study.figures.parts_of_speech import CLASSES, NONE, PartsOfSpeech, open_tagger, token_texts
 from moepp.study.figures.plots import save_small
 from moepp.study.figures.routing_stats import RoutingStats, Scores
+from moepp.study.style import STYLE
 from moepp.text.held_out import HeldOut, TextOptions, open_held_out
 from moepp.training.checkpoint import load_model, newest_checkpoint, read_checkpoint
 from moepp.training.lightning_cli import OneLineParser

@@ -15,8 +15,8 @@ from matplotlib.path import Path as Curve
 from PIL import Image
 
 from moepp.model import MoEConfig
-from moepp.study.compare.plots import BLACK, KIND_COLOURS, PINK
 from moepp.study.figures.findings import Estimate
+from moepp.study.style import BLACK, KIND_COLOURS, PINK
 
 KIND_NAMES = {"ffn": "FFN", "const": "constant", "copy": "copy", "zero": "zero"}
 GREY = "#7F7F7F"

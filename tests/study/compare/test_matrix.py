@@ -8,7 +8,7 @@ import yaml
 from moepp.cli import main
 from moepp.model import InputError, count_parameters
 from moepp.study.compare.matrix import Matrix, read_matrix, resolve
-from moepp.system.machine import differences
+from moepp.system.files import differences
 from tests.conftest import RECIPES
 
 

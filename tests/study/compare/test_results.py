@@ -8,8 +8,8 @@ import pytest
 from moepp.study.compare.matrix import Matrix, Run, Variant
 from moepp.study.compare.report import Row, markdown, quality_cells, read_rows
 from moepp.study.compare.results import at_equal_flops, read_result
-from moepp.study.compare.timing import ratio
-from moepp.study.in_turn import in_turn
+from moepp.study.compare.speed import ratio
+from moepp.study.timing import in_turn
 
 # D = 4, H = 8, L = 1, V = 320, S = 6, one head; F FFN experts and no others
 SIZES = {"n_layers": 1, "hidden_size": 4, "intermediate_size": 8, "n_heads": 1, "context_length": 6}
@@ -115,7 +115,7 @@ def test_rounds_take_turns_and_their_ratio_is_reference_to_variant() -> None:
         time.sleep(0.008)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moepp.study.in_turn.SECONDS", 0.0)
+        patch.setattr("moepp.study.timing.SECONDS", 0.0)
         rounds = in_turn([fast, slow], torch.device("cpu"))
     assert len(rounds) == 5
     assert calls[:8] == ["slow", "fast", "fast", "slow", "slow", "fast", "fast", "slow"]

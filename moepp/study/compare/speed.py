@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from moepp.model import MoELayer, Routing
 from moepp.study.compare.matrix import Run, Variant
-from moepp.study.in_turn import in_turn
-from moepp.system.cpu_memory import keep_freed_memory
-from moepp.system.device import device_name
+from moepp.study.timing import in_turn
+from moepp.system.machine import device_name, keep_freed_memory
 from moepp.text.data_module import TokenDataModule
 from moepp.training.checkpoint import last_checkpoint, read_checkpoint
 from moepp.training.module import LitMoE

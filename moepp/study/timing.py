@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Callable, Sequence
+from statistics import quantiles
 
 import torch
+from torch import Tensor, nn
 
 LEAST_ROUNDS, MOST_ROUNDS = 5, 200
 SECONDS = 3.0  # for a measurement, once the least number of rounds is done
@@ -39,3 +41,32 @@ def in_turn(
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """(lower quartile, median, upper quartile); of a single value, that value."""
+    lower, middle, upper = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return lower, middle, upper
+
+
+class TrainingStep:
+    """Forward, backward, clipping and AdamW, as `moepp fit` takes a step. The learning rate is 0: a step costs
+    what it costs in training, and all steps are the same.
+
+    Args:
+        model: whose parameters are trained.
+        loss: computes the scalar loss; called under `autocast`.
+        autocast: of the training's precision.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[[], Tensor], autocast: torch.autocast) -> None:
+        self.model, self.loss, self.autocast = model, loss, autocast
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.1, fused=True)
+
+    def __call__(self) -> None:
+        with self.autocast:
+            loss = self.loss()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()

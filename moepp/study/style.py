@@ -1,0 +1,28 @@
+"""How every picture of a study looks. Colours are Okabe and Ito's, which colour-blind people can tell apart."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+BLACK, BLUE, ORANGE, GREEN, PINK = "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+COLOURS = [BLACK, BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9", "#7F7F7F"]
+KIND_COLOURS = {"ffn": BLUE, "const": "#E69F00", "copy": GREEN, "zero": "#BBBBBB"}  # of experts, everywhere
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.axisbelow": True,
+    "figure.constrained_layout.use": True,
+    "legend.frameon": False,
+}
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
