@@ -3,7 +3,7 @@
 from moepp.model.config import MoEConfig, TransformerConfig
 from moepp.model.counts import ParameterCount, count_parameters, flops_per_token
 from moepp.model.errors import InputError
-from moepp.model.loss import linear_cross_entropy
+from moepp.model.loss import linear_cross_entropy, nll_by_token
 from moepp.model.moe import MoELayer
 from moepp.model.released import export_released, load_released
 from moepp.model.router import Routing, mean_load_balance_loss
@@ -25,4 +25,5 @@ __all__ = [
     "linear_cross_entropy",
     "load_released",
     "mean_load_balance_loss",
+    "nll_by_token",
 ]

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -27,6 +28,18 @@ def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
         dtype = torch.get_autocast_dtype(hidden_ND.device.type)
         hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
     return LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, compile)
+
+
+@torch.no_grad()
+def nll_by_token(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """(N,) in float32 at least: the cross-entropy of each target, 0 where it is below 0. Without gradients."""
+    chunk = CUDA_CHUNK if hidden_ND.is_cuda else CHUNK
+    nll = []
+    for hidden_CD, targets_C in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True):
+        logits_CV = F.linear(hidden_CD, weight_VD)  # which autocast knows
+        logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+        nll.append(F.cross_entropy(logits_CV, targets_C.clamp(min=-1), ignore_index=-1, reduction="none"))
+    return torch.cat(nll)
 
 
 class LinearCrossEntropy(torch.autograd.Function):

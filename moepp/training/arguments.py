@@ -6,6 +6,7 @@ from pathlib import Path
 from moepp.model import InputError
 from moepp.system.files import read_yaml
 from moepp.training.checkpoint import newest_checkpoint
+from moepp.training.run_folder import newest_config
 
 
 def expand_last(arguments: list[str], recipe: str) -> list[str]:
@@ -23,16 +24,6 @@ def expand_last(arguments: list[str], recipe: str) -> list[str]:
         others = [a for i, a in enumerate(arguments) if i not in recipes and i - 1 not in recipes]
         arguments = ["--config", str(config), *others]
     return [*arguments, f"--ckpt_path={checkpoint}", f"--trainer.default_root_dir={run_dir}"]
-
-
-def newest_config(run_dir: Path) -> Path | None:
-    """config.yaml, or the config.<n>.yaml of the last time that the run went on with other options."""
-    return max(run_dir.glob("config*.yaml"), key=config_number, default=None)
-
-
-def config_number(path: Path) -> int:
-    """2 of config.2.yaml, 1 of config.yaml."""
-    return int(path.suffixes[0][1:]) if len(path.suffixes) == 2 else 1
 
 
 def expand_bases(arguments: list[str]) -> list[str]:

@@ -9,57 +9,64 @@ from torch import Tensor
 
 from moepp.training.checkpoint import last_checkpoint, write_checkpoint
 from moepp.training.module import LitMoE
-from moepp.training.monitor import say
+from moepp.training.run_folder import say
 from moepp.training.saving import within_step
 
 
 class BadSteps(L.Callback):
-    """Counts the skipped steps and logs their number; after `optim.max_bad_steps` in a row it ends the run.
+    """Counts the skipped steps; after `optim.max_bad_steps` in a row it ends the run.
 
     The counts stay on the device and are looked at when metrics are logged, so that no step waits for them. Since
-    skipped steps leave the weights alone, the batch at hand is then as bad as the first of the row was: it is
-    written with the weights to checkpoints/bad-step-<n>.ckpt, which reproduces what happened.
+    skipped steps leave the weights alone, the batch at hand is then as bad as the first of the row was, unless a
+    good step has followed. It is written with the weights to checkpoints/bad-step-<n>.ckpt, which reproduces what
+    happened.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
-        self.total = self.in_a_row = torch.zeros(())
+    def __init__(self) -> None:
+        self.total = self.in_a_row = self.longest_row = torch.zeros(())
         self.batches: list[dict[str, Tensor]] = []  # of the step at hand
+        self.step_ended = False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"total": self.total, "in_a_row": self.in_a_row}
+        return {"total": self.total, "in_a_row": self.in_a_row, "longest_row": self.longest_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.total, self.in_a_row = state_dict["total"], state_dict["in_a_row"]
+        self.longest_row = state_dict.get("longest_row", self.in_a_row)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: LitMoE, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
-        self.batches.append(batch)
-        if within_step(trainer):
+        self.batches = [batch] if self.step_ended else [*self.batches, batch]
+        self.step_ended = not within_step(trainer)
+        if not self.step_ended:
             return
         bad = pl_module.bad_step
         self.total = self.total.to(bad.device) + bad
         self.in_a_row = (self.in_a_row.to(bad.device) + 1) * bad
-        due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if due or trainer.global_step == trainer.estimated_stepping_batches:
-            for logger in trainer.loggers:
-                logger.log_metrics({"train/skipped_steps": float(self.total)}, step=trainer.global_step)
-            if self.in_a_row >= pl_module.optim.max_bad_steps:
-                self.give_up(trainer, pl_module)
-        self.batches = []
+        self.longest_row = self.longest_row.to(bad.device).maximum(self.in_a_row)
 
-    def give_up(self, trainer: L.Trainer, pl_module: LitMoE) -> None:
-        step = trainer.global_step
-        dump = self.run_dir / "checkpoints" / f"bad-step-{step:08d}.ckpt"
-        content: dict[str, Any] = {"state_dict": pl_module.state_dict(), "batches": self.batches}
-        pl_module.on_save_checkpoint(content)
+    def require_good(self, trainer: L.Trainer, model: LitMoE) -> None:
+        """Called when metrics are logged.
+
+        Raises:
+            SystemExit: too many steps in a row were bad.
+        """
+        row = int(self.longest_row)
+        if row < model.optim.max_bad_steps:
+            self.longest_row = self.in_a_row
+            return
+        step, run_dir = trainer.global_step, Path(trainer.default_root_dir)
+        where = f"in {row} steps in a row, {'up to' if self.in_a_row else 'before'} step {step}"
+        dump = run_dir / "checkpoints" / f"bad-step-{step:08d}.ckpt"
+        content: dict[str, Any] = {"state_dict": model.state_dict(), "batches": self.batches}
+        model.on_save_checkpoint(content)
         if trainer.is_global_zero:
             write_checkpoint(dump, content)
         line = (
-            f"loss or gradient was not finite in {int(self.in_a_row)} steps in a row, up to step {step}: "
-            f"{dump} has the batch and the weights, the last good checkpoint is "
-            f"{last_checkpoint(self.run_dir) or 'none'}; a lower model.optim.lr or data without bad text may help"
+            f"loss or gradient was not finite {where}: {dump} has that step's batch and weights, the last good "
+            f"checkpoint is {last_checkpoint(run_dir) or 'none'}; a lower model.optim.lr or data without bad text "
+            "may help"
         )
         say(trainer, line)
         raise SystemExit(f"moepp fit: {line}")

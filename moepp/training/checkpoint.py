@@ -3,9 +3,12 @@
 A checkpoint is what torch.save writes: a zip archive whose entries each carry a CRC-32, so that damage is found.
 """
 
+import os
 import re
 import sys
+import time
 import zipfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ from tokenizers import Tokenizer
 
 from moepp.model import InputError, MoEConfig, Transformer, TransformerConfig
 from moepp.system.files import replacing
-from moepp.text.token_files import load_tokenizer
+from moepp.system.machine import provenance
+from moepp.text.token_files import load_tokenizer, sha256_of
 
 
 def write_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
@@ -27,7 +31,10 @@ def write_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
-        torch.save(checkpoint, file)
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # where the disk fills up, torch's zip writer stumbles over its own position
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -53,13 +60,28 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def find_damage(path: str | Path) -> str | None:
-    """What is wrong with the archive by its own checksums; None where nothing is."""
+    """What is wrong with the archive by its own checksums; None where nothing is.
+
+    All of it is read, so a file that was found whole is not looked at again in this process, unless it is so young
+    that its time would not tell it from one that was put in its place.
+    """
     try:
+        stat = os.stat(path)
+        version = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if version in FOUND_WHOLE:
+            return None
         with zipfile.ZipFile(path) as archive:
             entry = archive.testzip()
     except Exception as error:  # of a damaged directory zipfile raises this and that
         return str(error) or type(error).__name__
-    return None if entry is None else f"checksum of {entry}"
+    if entry is not None:
+        return f"checksum of {entry}"
+    if time.time() - stat.st_mtime > 1:
+        FOUND_WHOLE.add(version)
+    return None
+
+
+FOUND_WHOLE: set[tuple[str, int, int, int]] = set()  # path, inode, size, time
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -84,8 +106,47 @@ def require_state(path: str | Path, *keys: str) -> dict[str, Any]:
     return checkpoint
 
 
-def load_model(path: str | Path) -> tuple[Transformer, Tokenizer | None]:
-    """The model, ready to evaluate, and its tokenizer (None after an import without one).
+def described(
+    transformer: TransformerConfig,
+    moe: MoEConfig,
+    tokenizer_json: str | None,
+    data_hash: str | None = None,
+    data: str = "no text of moepp's",
+    config: str = "",
+) -> dict[str, Any]:
+    """The entry `moepp` of a checkpoint: all that is needed to build the model, and to tell what it came from.
+
+    Args:
+        transformer: sizes of the model.
+        moe: its experts, router and balance.
+        tokenizer_json: None where nobody knows the tokenizer.
+        data_hash: of the token files that it was trained on; None where it was trained elsewhere.
+        data: the same for people.
+        config: every option of its run, as YAML.
+    """
+    return {
+        **provenance(),
+        "config": config,
+        "transformer": asdict(transformer),
+        "moe": asdict(moe),
+        "tokenizer": tokenizer_json,
+        "tokenizer_hash": sha256_of(tokenizer_json or ""),
+        "data_hash": data_hash,
+        "data": data,
+    }
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a checkpoint holds for those who do not train on: `meta` is its entry `moepp`."""
+
+    model: Transformer  # ready to evaluate
+    tokenizer: Tokenizer | None  # None after an import without one
+    meta: dict[str, Any]
+
+
+def load(path: str | Path) -> Loaded:
+    """The model and its tokenizer.
 
     Raises:
         InputError: missing, damaged, or not written by moepp.
@@ -102,7 +163,7 @@ def load_model(path: str | Path) -> tuple[Transformer, Tokenizer | None]:
     except Exception as error:  # of a wrong content each part raises its own
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: its weights do not fit its config ({reason})") from error
-    return model.eval(), tokenizer
+    return Loaded(model.eval(), tokenizer, meta)
 
 
 # ---- the checkpoints of a run ------------------------------------------------------------------------------

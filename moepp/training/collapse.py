@@ -46,9 +46,9 @@ def symptoms(tokens_per_expert_LE: Tensor, n_tokens: float, moe: MoEConfig) -> d
     for kind, where in moe.kinds.items():
         empty_L = tokens_per_expert_LE[:, where].sum(1) == 0
         if where.start < where.stop and empty_L.any():
-            seen[kind] = f"no token takes a {kind} expert in layer {int(empty_L.int().argmax())}"
+            seen[kind] = f"no token takes a {kind} expert in layer {int(empty_L.int().argmax()) + 1}"
     busiest = tokens_per_expert_LE.max() / n_tokens
     if busiest >= NEARLY_ALL and moe.top_k < moe.n_experts:
         layer, expert = divmod(int(tokens_per_expert_LE.argmax()), moe.n_experts)
-        seen["expert"] = f"expert {expert} of layer {layer} takes {float(busiest):.0%} of the tokens"
+        seen["expert"] = f"expert {expert} of layer {layer + 1} takes {float(busiest):.0%} of the tokens"
     return seen

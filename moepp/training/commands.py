@@ -1,7 +1,6 @@
 """The small verbs: prepare, generate, import, export. Each function's signature is its command line."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,9 @@ from jsonargparse import auto_cli
 
 from moepp.model import InputError, export_released, load_released
 from moepp.model import generate as generation
-from moepp.system.machine import provenance
 from moepp.text.prepare import prepare as prepare_text
 from moepp.text.token_files import END_OF_TEXT, TokenFiles, load_tokenizer
-from moepp.training.checkpoint import load_model, newest_checkpoint, write_checkpoint
+from moepp.training.checkpoint import described, load, newest_checkpoint, write_checkpoint
 from moepp.training.lightning_cli import OneLineParser
 
 
@@ -60,7 +58,8 @@ def generate(
         top_p: sample among the fewest tokens whose probabilities reach this sum.
         seed: of the sampling.
     """
-    model, tokenizer = load_model(ckpt or newest_checkpoint())
+    loaded = load(ckpt or newest_checkpoint())
+    model, tokenizer = loaded.model, loaded.tokenizer
     if tokenizer is None:
         raise InputError(f"{ckpt}: has no tokenizer; import it with one (moepp import --help)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,13 +101,7 @@ def import_(folder: str, ckpt: str, tokenizer: str | None = None) -> None:
         load_tokenizer(text, f"tokenizer: {path}")
     if Path(ckpt).exists():
         raise InputError(f"ckpt: {ckpt} exists already; name another file or remove it")
-    meta = {
-        **provenance(),
-        "transformer": asdict(model.config),
-        "moe": asdict(model.moe_config),
-        "tokenizer": text,
-        "data_hash": None,
-    }
+    meta = described(model.config, model.moe_config, text, data=f"what {folder} was trained on")
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     write_checkpoint(ckpt, {"state_dict": state, "moepp": meta})
     print(ckpt)
@@ -121,12 +114,12 @@ def export(folder: str, ckpt: str | None = None) -> None:
         folder: the folder to write.
         ckpt: the checkpoint; by default the newest under runs/.
     """
-    model, tokenizer = load_model(ckpt or newest_checkpoint())
+    loaded = load(ckpt or newest_checkpoint())
     if Path(folder).exists():
         raise InputError(f"folder: {folder} exists already; name another or remove it")
-    export_released(model, folder)
-    if tokenizer is not None:
-        tokenizer.save(str(Path(folder) / "tokenizer.json"))
+    export_released(loaded.model, folder)
+    if loaded.tokenizer is not None:
+        loaded.tokenizer.save(str(Path(folder) / "tokenizer.json"))
     print(folder)
 
 

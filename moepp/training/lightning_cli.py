@@ -1,9 +1,7 @@
 """`moepp fit | validate | test`: LightningCLI with OmegaConf recipes, a folder per run, one-line errors."""
 
 import difflib
-import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,17 +20,18 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from moepp.model import InputError, count_parameters
-from moepp.system.files import differences
 from moepp.system.machine import device_name, keep_freed_memory, quiet_lightning
 from moepp.text.data_module import TokenDataModule
 from moepp.text.token_files import padded_vocab_size
-from moepp.training.arguments import config_number, expand_bases, expand_last, newest_config
+from moepp.training.arguments import expand_bases, expand_last
 from moepp.training.bad_steps import BadSteps
-from moepp.training.checkpoint import CheckpointFiles, require_state, step_checkpoints
+from moepp.training.checkpoint import CheckpointFiles, require_state
 from moepp.training.csv_log import CSVLog
 from moepp.training.module import LitMoE
-from moepp.training.monitor import Monitor, Summary, say
+from moepp.training.monitor import Monitor
+from moepp.training.run_folder import RunFolder, say
 from moepp.training.saving import Checkpoints, StopOnSignal
+from moepp.training.summary import Summary
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,  # max_steps decides
@@ -44,8 +43,7 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     "use_distributed_sampler": False,  # TokenDataModule gives every rank its share itself
 }
-PARSER = {"parser_mode": "omegaconf+", "allow_abbrev": False}  # an option that is cut short is a mistake
-RUN_DIR = "MOEPP_RUN_DIR"  # set by the first process of a run for those that it starts
+PARSER = {"parser_mode": "omegaconf+", "allow_abbrev": False, "prog": "moepp"}  # an option cut short is a mistake
 
 
 def run(verb: str, arguments: list[str]) -> None:
@@ -92,6 +90,9 @@ def parse(cli: type["MoECLI"], verb: str, arguments: list[str]) -> "MoECLI":
 class OneLineParser(LightningArgumentParser):
     """Reports an error as one line (InputError), where argparse prints its usage as well."""
 
+    def __init__(self, *args: Any, description: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, description=description or "", **kwargs)  # Lightning's names its own tool
+
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().parse_args(*args, **kwargs)
@@ -136,7 +137,7 @@ class MoECLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--base", type=str | None, help="in a recipe: the recipe that it changes")
-        parser.add_class_arguments(Checkpoints, "checkpoints", skip={"run_dir"}, instantiate=False)
+        parser.add_class_arguments(Checkpoints, "checkpoints", instantiate=False)
         parser.link_arguments("data.vocab_size", "model.transformer.vocab_size", compute_fn=padded_vocab_size)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -154,15 +155,15 @@ class MoECLI(LightningCLI):
             kwargs["enable_progress_bar"] = sys.stdout.isatty()
         if self.subcommand != "fit":
             return super().instantiate_trainer(logger=False, **kwargs)
-        self.claimed = False
-        self.run_dir = self.claim_run_dir(config["default_root_dir"])
-        kwargs["default_root_dir"] = str(self.run_dir)
+        ckpt_path = self.config_init[str(self.subcommand)]["ckpt_path"]
+        self.run_folder = RunFolder(self.recipe, config["default_root_dir"], ckpt_path)
+        kwargs["default_root_dir"] = str(self.run_folder.path)
         try:
             progress_bar = kwargs.get("enable_progress_bar", config["enable_progress_bar"])
             kwargs |= self.observers(config, begun, progress_bar)
             return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError, TypeError) as error:
-            self.forget_run_dir()
+        except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
+            self.run_folder.forget()
             if isinstance(error, InputError):
                 raise
             raise InputError(f"trainer: {str(error).splitlines()[0]}") from error
@@ -187,31 +188,26 @@ class MoECLI(LightningCLI):
 
     def observers(self, config: Any, begun: dict[str, Any] | None, progress_bar: bool) -> dict[str, Any]:
         """The trainer's loggers, callbacks and way to write checkpoints: all that writes to the run's folder."""
-        loggers = config["logger"]
+        loggers, run_dir = config["logger"], self.run_folder.path
         if loggers is None:
             # of what an earlier process logged, TensorBoard is to forget what this one will log again
-            purge = begun["global_step"] + 1 if begun and (self.run_dir / "metrics.csv").exists() else None
-            tensorboard = TensorBoardLogger(self.run_dir, name="", version="tensorboard", purge_step=purge)
-            loggers = [CSVLog(self.run_dir), tensorboard]
-        callbacks: list[L.Callback] = [Monitor(), Summary(self.run_dir), BadSteps(self.run_dir)]
-        plugins = config["plugins"] or []
+            purge = begun["global_step"] + 1 if begun and (run_dir / "metrics.csv").exists() else None
+            tensorboard = TensorBoardLogger(run_dir, name="", version="tensorboard", purge_step=purge)
+            loggers = [CSVLog(run_dir), tensorboard]
+        bad_steps = BadSteps()
+        callbacks: list[L.Callback] = [self.run_folder, bad_steps, Monitor(bad_steps), Summary()]
+        plugins = as_list(config["plugins"])
         if config["enable_checkpointing"] is not False and not config["fast_dev_run"]:
-            self.checkpoints = Checkpoints(self.run_dir, **self._get(self.config_init, "checkpoints"))
+            self.checkpoints = Checkpoints(**self._get(self.config_init, "checkpoints"))
             callbacks += [StopOnSignal(self.checkpoints), self.checkpoints]
             plugins = [CheckpointFiles(), *plugins]
         if progress_bar:
             callbacks.append(RichProgressBar(refresh_rate=10))
         return {
             "logger": loggers,
-            "callbacks": [*callbacks, *(config["callbacks"] or [])],
+            "callbacks": [*callbacks, *as_list(config["callbacks"])],
             "plugins": plugins or None,
         }
-
-    def forget_run_dir(self) -> None:
-        """Leave nothing behind of a run that never took a step."""
-        os.environ.pop(RUN_DIR, None)
-        if self.claimed and not (self.run_dir / "metrics.csv").exists() and not step_checkpoints(self.run_dir):
-            shutil.rmtree(self.run_dir)
 
     def read_begun(self) -> dict[str, Any] | None:
         """The checkpoint that `--ckpt_path` names, checked before anything is made."""
@@ -221,41 +217,12 @@ class MoECLI(LightningCLI):
         state = ("optimizer_states", "lr_schedulers", "loops") if self.subcommand == "fit" else ()
         return require_state(path, "pytorch-lightning_version", *state)
 
-    def claim_run_dir(self, wanted: str | None) -> Path:
-        """`wanted`, or a new runs/<recipe>/<n>. mkdir is the claim: two runs never share a folder."""
-        if given := os.environ.get(RUN_DIR):  # this process was started by the run's first one
-            return Path(given)
-        if wanted is not None:
-            run_dir = Path(wanted)
-            held = step_checkpoints(run_dir)
-            begun = self.config_init[str(self.subcommand)]["ckpt_path"]
-            if held and (begun is None or Path(begun).resolve().parent != held[0].resolve().parent):
-                raise InputError(
-                    f"trainer.default_root_dir: {run_dir} holds a run; go on with it "
-                    f"(--ckpt_path={held[0]}), name another folder, or remove it"
-                )
-            self.claimed = not run_dir.exists()
-            run_dir.mkdir(parents=True, exist_ok=True)
-        else:
-            parent = Path("runs") / self.recipe
-            parent.mkdir(parents=True, exist_ok=True)
-            n = max((int(path.name) for path in parent.iterdir() if path.name.isdigit()), default=0) + 1
-            while True:
-                run_dir = parent / str(n)
-                try:
-                    run_dir.mkdir()
-                    break
-                except FileExistsError:
-                    n += 1
-            self.claimed = True
-        os.environ[RUN_DIR] = str(run_dir)
-        return run_dir
-
     def fit(self, model: LitMoE, datamodule: TokenDataModule, **kwargs: Any) -> None:
         """Train, then validate on all held-out text."""
         config = self._get(self.config_init, "trainer")
         try:
-            model.config_text = self.save_config()
+            model.config_text = self.config_text()
+            self.run_folder.save_config(self.trainer, model.config_text)
             self.announce(model)
             if self.begun_step >= config["max_steps"] > 0:
                 say(
@@ -269,10 +236,8 @@ class MoECLI(LightningCLI):
                 self.trainer.limit_val_batches = 1.0
                 self.trainer.validate(model, datamodule=datamodule, verbose=False)
         except (InputError, MisconfigurationException, OSError):
-            self.forget_run_dir()
+            self.run_folder.forget()
             raise
-        finally:
-            os.environ.pop(RUN_DIR, None)
 
     def train(self, model: LitMoE, datamodule: TokenDataModule, **kwargs: Any) -> None:
         keep_freed_memory(self.trainer.strategy.root_device)
@@ -295,24 +260,12 @@ class MoECLI(LightningCLI):
         for name, value in self.trainer.callback_metrics.items():
             print(f"{name:<40} {value:.4f}")
 
-    def save_config(self) -> str:
-        """The resolved options as config.yaml; as config.2.yaml and so on where a resumed run was given others."""
+    def config_text(self) -> str:
+        """All options, resolved: as a recipe they give this run again."""
         parser, config = self._parser("fit"), self.config.fit.clone()
-        config.base = config.config = None  # resolved: nothing is left to look up
+        config.base = config.config = None  # nothing is left to look up
         config.ckpt_path = config.trainer.default_root_dir = None  # where it began, not what it is
-        text = parser.dump(config, skip_none=False)
-        before = newest_config(self.run_dir)
-        if before is None:
-            path = self.run_dir / "config.yaml"
-        elif changes := list(differences(yaml.safe_load(before.read_text()), yaml.safe_load(text))):
-            path = self.run_dir / f"config.{config_number(before) + 1}.yaml"
-            named = ", ".join(f"{key}={new} (was {old})" for key, old, new in changes)
-            say(self.trainer, f"goes on with other options, now in {path}: {named}")
-        else:
-            return text
-        if self.trainer.is_global_zero:
-            path.write_text(text)
-        return text
+        return parser.dump(config, skip_none=False)
 
     def announce(self, model: LitMoE) -> None:
         parameters = count_parameters(model.transformer, model.moe)
@@ -320,7 +273,7 @@ class MoECLI(LightningCLI):
         device = device_name(self.trainer.strategy.root_device)
         say(
             self.trainer,
-            f"{self.run_dir}: {parameters.total / 1e6:.1f}M parameters, "
+            f"{self.trainer.default_root_dir}: {parameters.total / 1e6:.1f}M parameters, "
             f"about {active / 1e6:.1f}M active per token, {self.trainer.precision} on {device}",
         )
 
@@ -336,6 +289,11 @@ class OptionsAlone(MoECLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
+
+
+def as_list(value: Any) -> list[Any]:
+    """Of what Lightning takes one of, several of, or none."""
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
 @contextmanager

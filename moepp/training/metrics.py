@@ -8,7 +8,7 @@ import math
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, Metric
 
 STEP = "step"  # optimizer steps so far: the first column of metrics.csv
 CROSS_ENTROPY, TOKENS = "train/cross_entropy", "train/tokens"
@@ -46,3 +46,37 @@ class BitsPerByte(Metric):
     def compute(self) -> tuple[Tensor, Tensor]:
         """(overall (), per domain (n_domains,)); NaN for a domain without text."""
         return self.nats.sum() / self.n_bytes.sum() / math.log(2), self.nats / self.n_bytes / math.log(2)
+
+
+class Validation:
+    """The figures of a validation. They are no part of the module, whose precision (`bf16-true`) they would take.
+
+    Args:
+        bytes_per_token_V: of the tokenizer.
+        domains: names, by the index that batches have them by.
+        device: where the batches are.
+    """
+
+    def __init__(self, bytes_per_token_V: Tensor, domains: list[str], device: torch.device) -> None:
+        self.domains = domains
+        self.loss, self.ffn_per_token = MeanMetric().to(device), MeanMetric().to(device)
+        self.bits_per_byte = BitsPerByte(bytes_per_token_V, len(domains)).to(device)
+
+    def update(self, nats_BS: Tensor, targets_BS: Tensor, domain_B: Tensor, ffn_LT: Tensor) -> None:
+        """`ffn_LT` is how many FFN experts compute each token; the rest as for BitsPerByte."""
+        is_target_BS = targets_BS >= 0
+        n_tokens = is_target_BS.sum()
+        least_one = n_tokens.clamp(min=1)  # one of several devices may have been left a batch without any target
+        self.loss.update(nats_BS.sum() / least_one, n_tokens)
+        self.bits_per_byte.update(nats_BS, targets_BS, domain_B)
+        self.ffn_per_token.update(ffn_LT[:, is_target_BS.flatten()].sum() / (len(ffn_LT) * least_one), n_tokens)
+
+    def compute(self) -> dict[str, float]:
+        """By name, over all devices. Perplexity is e to the loss."""
+        loss = self.loss.compute()
+        overall, by_domain = self.bits_per_byte.compute()
+        figures = {LOSS: loss, PERPLEXITY: loss.exp(), FFN: self.ffn_per_token.compute(), BITS: overall.float()}
+        for domain, bits in zip(self.domains, by_domain.reshape(-1), strict=True):  # torchmetrics squeezes
+            if bits.isfinite():
+                figures[f"{BITS}/{domain}"] = bits.float()
+        return {name: float(figure) for name, figure in figures.items()}

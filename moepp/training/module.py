@@ -6,11 +6,8 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torchmetrics import MeanMetric
-from torchmetrics.text import Perplexity
 
 from moepp.model import (
     InputError,
@@ -19,10 +16,11 @@ from moepp.model import (
     TransformerConfig,
     linear_cross_entropy,
     mean_load_balance_loss,
+    nll_by_token,
 )
 from moepp.model.config import require, require_sensible
-from moepp.system.machine import provenance
-from moepp.training.metrics import BitsPerByte
+from moepp.training.checkpoint import described
+from moepp.training.metrics import FINAL, VAL, Validation
 
 
 @dataclass(frozen=True)
@@ -105,11 +103,6 @@ class LitMoE(L.LightningModule):
                 f"data.seq_len: {data.seq_len} is longer than "
                 f"model.transformer.context_length={self.transformer.context_length}"
             )
-        self.domains: list[str] = data.files.domains
-        self.perplexity = Perplexity(ignore_index=-100)
-        self.bits_per_byte = BitsPerByte(data.files.bytes_per_token, len(self.domains))
-        self.val_ffn_per_token = MeanMetric()
-        self.val_loss = MeanMetric()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Total loss = cross-entropy + β · mean of L_b over the layers. All but `loss` is for the monitor."""
@@ -130,41 +123,27 @@ class LitMoE(L.LightningModule):
             "dropped": 1 - torch.stack(kept).mean() if kept else balance.new_zeros(()),
         }
 
+    def on_validation_epoch_start(self) -> None:
+        files = self.trainer.datamodule.files  # type: ignore[attr-defined]
+        self.validation = Validation(files.bytes_per_token, files.domains, self.device)
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        output = self.model(batch["inputs"])
-        logits_BSV, targets_BS = output.logits.float(), batch["targets"]
-        logits_NV, targets_N = logits_BSV.flatten(0, 1), targets_BS.flatten()
-        nats_BS = F.cross_entropy(logits_NV, targets_N, ignore_index=-100, reduction="none").view_as(targets_BS)
-        n_tokens = (targets_BS != -100).sum()
-        # among several devices one may have been left a batch without any target
-        self.val_loss.update(nats_BS.sum() / n_tokens.clamp(min=1), n_tokens)
-        self.perplexity.update(logits_BSV, targets_BS)
-        self.bits_per_byte.update(nats_BS, targets_BS, batch["domain"])
-        ffn_LT = torch.stack([routing.computed().sum(1) for routing in output.routings])
-        ffn_per_token = ffn_LT[:, targets_BS.flatten() != -100].sum() / (len(ffn_LT) * n_tokens.clamp(min=1))
-        self.val_ffn_per_token.update(ffn_per_token, n_tokens)
+        hidden_BSD, routings = self.model.hidden(batch["inputs"])
+        targets_BS = batch["targets"]
+        nats_N = nll_by_token(hidden_BSD.flatten(0, 1), self.model.head.weight, targets_BS.flatten())
+        ffn_LT = torch.stack([routing.computed().sum(1) for routing in routings])
+        self.validation.update(nats_N.view_as(targets_BS), targets_BS, batch["domain"], ffn_LT)
         self.evaluation_begun = True
 
     def on_validation_epoch_end(self) -> None:
-        # "final" is on all held-out text, "val" on what limit_val_batches leaves of it
-        stage = "val" if self.trainer.state.fn == "fit" else "final"
-        overall, by_domain = self.bits_per_byte.compute()
-        metrics = {
-            "loss": self.val_loss.compute(),
-            "perplexity": self.perplexity.compute(),
-            "ffn_per_token": self.val_ffn_per_token.compute(),
-            "bits_per_byte": overall.float(),
-        }
-        for domain, bits in zip(self.domains, by_domain.reshape(-1), strict=True):  # torchmetrics squeezes
-            if bits.isfinite():
-                metrics[f"bits_per_byte/{domain}"] = bits.float()
-        staged = {f"{stage}/{name}": float(value) for name, value in metrics.items()}
-        self.log_dict(staged, logger=False)  # Lightning would log it under the step before
-        for logger in self.trainer.loggers:
-            logger.log_metrics(staged, step=self.trainer.global_step)
-        for metric in (self.val_loss, self.perplexity, self.val_ffn_per_token, self.bits_per_byte):
-            metric.reset()
+        stage = VAL if self.trainer.state.fn == "fit" else FINAL
+        metrics = {stage + name: figure for name, figure in self.validation.compute().items()}
+        self.log_dict(metrics, logger=False)  # Lightning would log it under the step before
+        if not self.trainer.sanity_checking:
+            for logger in self.trainer.loggers:
+                logger.log_metrics(metrics, step=self.trainer.global_step)
 
+    on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
 
@@ -218,17 +197,11 @@ class LitMoE(L.LightningModule):
         self.training_begun = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        tokens = self.trainer.datamodule.files  # type: ignore[attr-defined]
-        checkpoint["moepp"] = {
-            **provenance(),
-            "config": self.config_text,
-            "transformer": asdict(self.transformer),
-            "moe": asdict(self.moe),
-            "tokenizer": tokens.tokenizer_json,
-            "tokenizer_hash": tokens.meta["tokenizer_sha256"],
-            "data_hash": tokens.meta["data_hash"],
-            "data": tokens.label,
-        }
+        files = self.trainer.datamodule.files  # type: ignore[attr-defined]
+        data_hash, label = files.meta["data_hash"], files.label
+        checkpoint["moepp"] = described(
+            self.transformer, self.moe, files.tokenizer_json, data_hash, label, self.config_text
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another shape or of another text, naming the difference.

@@ -1,40 +1,38 @@
-"""What a person sees of a run: the monitor's metrics and status line, and the summary at the end."""
+"""What a person sees of a run while it trains: its metrics, for every logger, and a line of them."""
 
-import json
-import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from moepp.model import count_parameters, flops_per_token
-from moepp.model.generate import generate
-from moepp.system.files import replacing
-from moepp.system.machine import device_name, peak_flops, provenance
-from moepp.text.token_files import END_OF_TEXT_ID
+from moepp.model import flops_per_token
+from moepp.system.machine import peak_flops
+from moepp.training.bad_steps import BadSteps
 from moepp.training.collapse import CollapseWatch
 from moepp.training.csv_log import CSVLog
+from moepp.training.metrics import BITS, CROSS_ENTROPY, FFN_PER_TOKEN, LOSS, MFU, TOKENS, TOKENS_PER_SECOND, VAL
 from moepp.training.module import LitMoE
+from moepp.training.run_folder import say
+from moepp.training.saving import is_last_step
 
 
 class Monitor(L.Callback):
     """Logs means over the `log_every_n_steps` optimizer steps since the last log, and prints them as one line.
 
     Gradient norm (before clipping) and learning rate are those of the last step and of the one to come.
-    Everything is summed on the device; it is waited for only when a line is due. The clock stops during
-    validation. All loggers receive the same numbers at the same steps.
+    Everything is summed on the device; it is waited for only when a line is due. The clock stops from the
+    beginning of a validation to the next batch. All loggers receive the same numbers at the same steps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bad_steps: BadSteps) -> None:
+        self.bad_steps = bad_steps
         self.sums: dict[str, Tensor] = {}
         self.logged_step = self.tokens = 0
         self.clock = self.paused = 0.0
+        self.validating_since: float | None = None
         self.watch = CollapseWatch()
 
     def state_dict(self) -> dict[str, Any]:
@@ -54,6 +52,11 @@ class Monitor(L.Callback):
             if isinstance(logger, CSVLog):
                 logger.rewind(trainer.global_step)
 
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self.validating_since is not None:  # and since then a checkpoint was written
+            self.paused += time.perf_counter() - self.validating_since
+            self.validating_since = None
+
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: LitMoE, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
@@ -61,7 +64,12 @@ class Monitor(L.Callback):
         for name, value in (outputs | {"batches": torch.ones(()), "tokens": n_tokens}).items():
             self.sums[name] = self.sums[name].to(value.device) + value if name in self.sums else value.clone()
         due = trainer.global_step >= self.logged_step + trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if due or trainer.global_step == trainer.estimated_stepping_batches > self.logged_step:
+        if due or (is_last_step(trainer) and trainer.global_step > self.logged_step):
+            self.report(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: LitMoE) -> None:  # type: ignore[override]
+        """What max_time or early stopping has ended may have steps that no row tells of."""
+        if trainer.global_step > self.logged_step:
             self.report(trainer, pl_module)
 
     def report(self, trainer: L.Trainer, model: LitMoE) -> None:
@@ -85,18 +93,19 @@ class Monitor(L.Callback):
         metrics = {
             **means,
             "train/balance_scaled": balance_scaled,
-            "train/loss": means["train/cross_entropy"] + balance_scaled,
+            "train/loss": means[CROSS_ENTROPY] + balance_scaled,
             "train/gradient_norm": float(model.gradient_norm),
             "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "train/tokens": self.tokens,
-            "routing/ffn_per_token": ffn_per_token,
+            TOKENS: self.tokens,
+            FFN_PER_TOKEN: ffn_per_token,
             **{f"routing/share/{kind}": float(shares_E[where].sum()) for kind, where in model.moe.kinds.items()},
             "routing/imbalance": float((ffn_LF.amax(1) / ffn_LF.mean(1)).mean()),
-            "speed/tokens_per_second": tokens_per_second,
+            TOKENS_PER_SECOND: tokens_per_second,
             "speed/tflops_per_second": flops * tokens_per_second / 1e12,
         }
         if peak := peak_flops(model.device, str(trainer.precision)):
-            metrics["speed/mfu"] = flops * tokens_per_second / (trainer.world_size * peak)
+            metrics[MFU] = flops * tokens_per_second / (trainer.world_size * peak)
+        metrics["train/skipped_steps"] = float(self.bad_steps.total)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
         self.print_status(trainer, metrics, model.moe.top_k)
@@ -104,117 +113,28 @@ class Monitor(L.Callback):
             say(trainer, warning)
         self.sums, self.logged_step = {}, trainer.global_step
         self.clock, self.paused, self.tokens_before = time.perf_counter(), 0.0, 0.0
+        self.bad_steps.require_good(trainer, model)
 
     def print_status(self, trainer: L.Trainer, metrics: dict[str, float], top_k: int) -> None:
         step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
         per_step = (time.perf_counter() - self.begun) / max(1, step - self.begun_step)
         parts = [
             f"step {step:>{len(str(total))}}/{total}",
-            f"loss {metrics['train/cross_entropy']:.3f}",
-            f"FFN {metrics['routing/ffn_per_token']:.2f} of {top_k}",
+            f"loss {metrics[CROSS_ENTROPY]:.3f}",
+            f"FFN {metrics[FFN_PER_TOKEN]:.2f} of {top_k}",
             f"imbalance {metrics['routing/imbalance']:.2f}",
-            f"{metrics['speed/tokens_per_second']:,.0f} tokens/s",
-            f"MFU {metrics['speed/mfu']:.1%}" if "speed/mfu" in metrics else "",
+            f"{metrics[TOKENS_PER_SECOND]:,.0f} tokens/s",
+            f"MFU {metrics[MFU]:.1%}" if MFU in metrics else "",
             f"{timedelta(seconds=int(per_step * (total - step)))} left",
         ]
         say(trainer, " │ ".join(part for part in parts if part))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.validation_start = time.perf_counter()
+        self.validating_since = time.perf_counter()
         if trainer.state.fn != "fit":
             say(trainer, "validating on all held-out text")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.paused += time.perf_counter() - self.validation_start
-        if trainer.state.fn == "fit":
-            loss, bits = (trainer.callback_metrics[f"val/{name}"] for name in ("loss", "bits_per_byte"))
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            loss, bits = (trainer.callback_metrics[VAL + name] for name in (LOSS, BITS))
             say(trainer, f"validated after step {trainer.global_step}: {loss:.3f} nats, {bits:.3f} bits/byte")
-
-
-class Summary(L.Callback):
-    """At the end of a run: a table of what came out and where it is, and text that the model writes."""
-
-    def __init__(self, run_dir: Path, sample_tokens: int = 48, n_samples: int = 3) -> None:
-        self.run_dir, self.sample_tokens, self.n_samples = run_dir, sample_tokens, n_samples
-        self.begun = time.perf_counter()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"seconds": time.perf_counter() - self.begun}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.begun -= state_dict["seconds"]  # a continued run has taken what it took before
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: LitMoE) -> None:  # type: ignore[override]
-        """After the validation on all held-out text that `moepp fit` ends with."""
-        final = {
-            name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("final/")
-        }
-        if not final or not trainer.is_global_zero:
-            return
-        seconds = time.perf_counter() - self.begun
-        parameters = count_parameters(pl_module.transformer, pl_module.moe)
-        result = {
-            "step": trainer.global_step,
-            "seconds": round(seconds, 1),
-            "device": device_name(pl_module.device),
-            "precision": str(trainer.precision),
-            **provenance(),
-            "parameters": parameters.total,
-            "active_parameters": round(parameters.active(final["final/ffn_per_token"])),
-            "ffn_per_token_expected": pl_module.moe.expected_ffn_per_token,
-            **final,
-        }
-        text = json.dumps(result, indent=2) + "\n"
-        with replacing(self.run_dir / "result.json") as file:  # where it stands, the run is finished
-            file.write(text.encode())
-        table = Table(title=f"{trainer.global_step} steps in {timedelta(seconds=int(seconds))}", show_header=False)
-        table.add_row("validation loss", f"{final['final/loss']:.4f} nats/token")
-        table.add_row("perplexity", f"{final['final/perplexity']:.2f}")
-        table.add_row("bits per byte", f"{final['final/bits_per_byte']:.4f}")
-        for domain in pl_module.domains:
-            if (bits := final.get(f"final/bits_per_byte/{domain}")) is not None:
-                table.add_row(f"  {domain}", f"{bits:.4f}")
-        expected = result["ffn_per_token_expected"]
-        table.add_row("FFN experts per token", f"{final['final/ffn_per_token']:.3f} (at balance {expected:.3f})")
-        table.add_row("parameters", f"{parameters.total:,}, {result['active_parameters']:,} active per token")
-        table.add_row("device", f"{result['device']}, {result['precision']}, torch {result['torch']}")
-        table.add_section()
-        for what, name in (
-            ("metrics", "metrics.csv"),
-            ("TensorBoard", "tensorboard/"),
-            ("checkpoints", "checkpoints/"),
-            ("config", "config.yaml"),
-            ("result", "result.json"),
-            ("log", "train.log"),
-        ):
-            table.add_row(what, str(self.run_dir / name))
-        samples = self.samples(trainer, pl_module)
-        with (self.run_dir / "train.log").open("a") as log:
-            for console in (Console(), Console(file=log, width=120)):
-                console.print(table)
-                console.print(samples, markup=False, highlight=False)
-
-    def samples(self, trainer: L.Trainer, model: LitMoE) -> str:
-        """Beginnings of held-out documents of several domains, continued by the model."""
-        tokens = trainer.datamodule.files  # type: ignore[attr-defined]
-        lines = []
-        held_out = [(domain, *span) for domain, span in zip(tokens.domains, tokens.val_ranges, strict=True)]
-        for domain, start, end in [span for span in held_out if span[2] > span[1]][: self.n_samples]:
-            prompt = torch.from_numpy(tokens.val[start : min(start + 16, end)].astype("int64"))
-            room = min(self.sample_tokens, model.transformer.context_length - len(prompt))
-            if room < 1:
-                continue
-            whole = generate(model.model, prompt.to(model.device), room, stop=END_OF_TEXT_ID).tolist()
-            before, after = (
-                tokens.tokenizer.decode(part) for part in (whole[: len(prompt)], whole[len(prompt) :])
-            )
-            lines.append(f"— {domain}: {before}⟶{after}")
-        return "\n\n".join(lines)
-
-
-def say(trainer: L.Trainer, line: str) -> None:
-    """One line for the person watching (above the progress bar, where there is one) and for train.log."""
-    if trainer.is_global_zero:
-        print(line, flush=True, file=sys.stdout)
-        with (Path(trainer.default_root_dir) / "train.log").open("a") as log:
-            log.write(line + "\n")

@@ -14,7 +14,8 @@ from moepp.model import InputError
 from moepp.system.files import fsync_folder
 from moepp.training.checkpoint import step_checkpoints, step_of, step_path
 from moepp.training.csv_log import CSVLog
-from moepp.training.monitor import say
+from moepp.training.metrics import LOSS, VAL
+from moepp.training.run_folder import say
 
 
 class Checkpoints(Checkpoint):
@@ -23,17 +24,16 @@ class Checkpoints(Checkpoint):
     best.ckpt, the one with the lowest validation loss, is a second name (a hard link) of its step's file.
 
     Args:
-        run_dir: folder of the run.
         keep: how many of the last ones stay. With two or more, a damaged one has one before it.
         every_n_steps: write one that often as well, for runs that validate seldom.
     """
 
-    def __init__(self, run_dir: Path, keep: int = 2, every_n_steps: int | None = None) -> None:
+    def __init__(self, keep: int = 2, every_n_steps: int | None = None) -> None:
         if keep < 1:
             raise InputError(f"checkpoints.keep: must be at least 1, got {keep}")
         if every_n_steps is not None and every_n_steps < 1:
             raise InputError(f"checkpoints.every_n_steps: must be at least 1, got {every_n_steps}")
-        self.run_dir, self.keep, self.every_n_steps = run_dir, keep, every_n_steps
+        self.keep, self.every_n_steps = keep, every_n_steps
         self.best_loss, self.best_step = float("inf"), -1
         self.validation_due = False  # written after a step, before the validation that belongs to it
 
@@ -46,10 +46,10 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            for path in step_checkpoints(self.run_dir):
+            for path in step_checkpoints(Path(trainer.default_root_dir)):
                 if step_of(path) > trainer.global_step:  # damaged: this run goes on from the one before
                     path.unlink()
-            self.name_best(trainer.global_step)  # a kill may have come in between
+            self.name_best(trainer)  # a kill may have come in between
         if self.validation_due:
             validate(trainer)
 
@@ -61,7 +61,7 @@ class Checkpoints(Checkpoint):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        loss = float(trainer.callback_metrics["val/loss"])
+        loss = float(trainer.callback_metrics[VAL + LOSS])
         if loss < self.best_loss:
             self.best_loss, self.best_step = loss, trainer.global_step
         self.save(trainer)
@@ -72,19 +72,20 @@ class Checkpoints(Checkpoint):
         for logger in trainer.loggers:
             if isinstance(logger, CSVLog):
                 logger.sync()
-        path = step_path(self.run_dir, trainer.global_step)
+        run_dir = Path(trainer.default_root_dir)
+        path = step_path(run_dir, trainer.global_step)
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            self.name_best(trainer.global_step)
-            for old in step_checkpoints(self.run_dir)[self.keep :]:
+            self.name_best(trainer)
+            for old in step_checkpoints(run_dir)[self.keep :]:
                 old.unlink()
             fsync_folder(path.parent)
         return path
 
-    def name_best(self, step: int) -> None:
+    def name_best(self, trainer: L.Trainer) -> None:
         """Make best.ckpt a name of this step's file, if it is the best so far."""
-        path = step_path(self.run_dir, step)
-        if step == self.best_step and path.is_file():
+        path = step_path(Path(trainer.default_root_dir), trainer.global_step)
+        if trainer.global_step == self.best_step and path.is_file():
             beside = path.with_name("best.ckpt.tmp")
             beside.unlink(missing_ok=True)
             try:
@@ -147,6 +148,11 @@ class StopOnSignal(L.Callback):
 def within_step(trainer: L.Trainer) -> bool:
     """More batches are to be accumulated before the optimizer steps."""
     return trainer.fit_loop._should_accumulate()
+
+
+def is_last_step(trainer: L.Trainer) -> bool:
+    """The step at hand is the last one, unless the run is stopped earlier."""
+    return trainer.global_step == trainer.estimated_stepping_batches
 
 
 def validation_is_due(trainer: L.Trainer) -> bool:

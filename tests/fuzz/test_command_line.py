@@ -65,7 +65,9 @@ def without_training(home: Path) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LightningCLI, "setup_parser", setup_once)
-        patch.setattr(LightningCLI, "_run_subcommand", lambda self, verb: verb == "fit" and self.forget_run_dir())
+        patch.setattr(
+            LightningCLI, "_run_subcommand", lambda self, verb: verb == "fit" and self.run_folder.forget()
+        )
         yield
 
 

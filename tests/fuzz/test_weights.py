@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from moepp.cli import main
 from moepp.model import Transformer, load_released
 from moepp.model.generate import generate
-from moepp.training.checkpoint import load_model, read_checkpoint
+from moepp.training.checkpoint import load, read_checkpoint
 from tests.conftest import tiny
 from tests.fuzz.harness import (
     EDIT,
@@ -67,7 +67,7 @@ def speaks(model: Transformer) -> None:
 
 def use(path: str) -> None:
     before = digests()
-    refused(lambda: speaks(load_model(path)[0]))
+    refused(lambda: speaks(load(path).model))
     assert digests() == before
 
 

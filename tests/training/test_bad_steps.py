@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moepp.cli import main
-from moepp.training.checkpoint import load_model, read_checkpoint, step_path
+from moepp.training.checkpoint import load, read_checkpoint, step_path
 from moepp.training.module import LitMoE
 from tests.conftest import read_csv, tiny
 
@@ -69,7 +69,7 @@ def test_too_many_in_a_row_end_the_run_with_what_reproduces_them(
     assert str(dump) in stopped.value.code
     assert "step-00000004.ckpt" in stopped.value.code
     assert not Path("runs/moepp/1/result.json").exists()
-    model, _ = load_model(dump)
+    model = load(dump).model
     batches = read_checkpoint(dump)["batches"]
     assert len(batches) == 2
     assert not all(model(batch["inputs"]).logits.isfinite().all() for batch in batches)

@@ -25,8 +25,8 @@ def test_a_kind_without_tokens_is_warned_of_once() -> None:
     empty = changed(1, [60.0, 60, 40, 40, 0, 0])
     said = [watch.look(empty, 100, MOE) for _ in range(3 * PATIENCE)]
     assert [len(lines) for lines in said] == [0] * (PATIENCE - 1) + [2] + [0] * (2 * PATIENCE)
-    assert "no token takes a copy expert in layer 1" in said[PATIENCE - 1][0]
-    assert "no token takes a zero expert in layer 1" in said[PATIENCE - 1][1]
+    assert "no token takes a copy expert in layer 2" in said[PATIENCE - 1][0]
+    assert "no token takes a zero expert in layer 2" in said[PATIENCE - 1][1]
     assert "balance_weight" in said[PATIENCE - 1][0]
 
 
@@ -35,7 +35,7 @@ def test_one_expert_with_nearly_all_tokens() -> None:
     greedy = changed(2, [20.0, 95, 20, 25, 20, 20])
     said = [line for _ in range(PATIENCE) for line in watch.look(greedy, 100, MOE)]
     assert len(said) == 1
-    assert "expert 1 of layer 2 takes 95% of the tokens" in said[0]
+    assert "expert 1 of layer 3 takes 95% of the tokens" in said[0]
 
 
 def test_in_between_it_starts_over() -> None:

@@ -8,14 +8,15 @@ from safetensors.torch import load_file
 
 from moepp.cli import main
 from moepp.model import load_released
-from moepp.training.checkpoint import load_model
+from moepp.training.checkpoint import load
 
 REFERENCE = Path(__file__).parents[1] / "model/reference/released_two_layer_gate"
 
 
 def test_a_released_folder_there_and_back(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["import", str(REFERENCE), "in/model.ckpt"]) == 0
-    model, tokenizer = load_model("in/model.ckpt")
+    loaded = load("in/model.ckpt")
+    model, tokenizer = loaded.model, loaded.tokenizer
     assert tokenizer is None
     tokens = load_file(REFERENCE / "expected.safetensors")["input_ids"]
     with torch.no_grad():

@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moepp.cli import main
-from moepp.training.checkpoint import load_model
+from moepp.training.checkpoint import load
 from tests.conftest import RECIPES, read_csv, tiny
 
 
@@ -75,7 +75,8 @@ def test_a_run_leaves_everything_in_its_folder(trained: Path) -> None:
     assert "step 60/60" in log
     assert "bits per byte" in log
     assert "small: " in log  # the sample
-    model, tokenizer = load_model(run / "checkpoints/step-00000060.ckpt")
+    loaded = load(run / "checkpoints/step-00000060.ckpt")
+    model, tokenizer = loaded.model, loaded.tokenizer
     assert tokenizer is not None
     assert tokenizer.decode(tokenizer.encode("every token").ids) == "every token"
     assert model.config.vocab_size == 320

@@ -70,6 +70,7 @@ def test_validation_weighs_tokens_not_batches(monkeypatch: pytest.MonkeyPatch) -
     data = type("Data", (), {"files": files, "seq_len": 8})
     module._trainer = type("Trainer", (), {"datamodule": data})()
     module.setup("fit")
+    module.on_validation_epoch_start()
     inputs, domain = torch.randint(64, (2, 8)), torch.zeros(2, dtype=torch.long)
     targets = torch.randint(64, (2, 8))
     targets[1, 3:] = -100
@@ -77,10 +78,10 @@ def test_validation_weighs_tokens_not_batches(monkeypatch: pytest.MonkeyPatch) -
     module.validation_step({"inputs": inputs, "targets": torch.full((2, 8), -100), "domain": domain}, 1)
     logits = module.model(inputs).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
-    assert module.val_loss.compute().item() == pytest.approx(expected.item(), rel=1e-6)
-    assert module.perplexity.compute().item() == pytest.approx(expected.exp().item(), rel=1e-5)
-    overall, _ = module.bits_per_byte.compute()
-    assert overall.item() == pytest.approx(expected.item() / math.log(2), rel=1e-6)
+    figures = module.validation.compute()
+    assert figures["loss"] == pytest.approx(expected.item(), rel=1e-6)
+    assert figures["perplexity"] == pytest.approx(expected.exp().item(), rel=1e-5)
+    assert figures["bits_per_byte"] == pytest.approx(expected.item() / math.log(2), rel=1e-6)
 
 
 def test_the_loss_that_is_trained_holds_beta_times_the_balance_loss() -> None:

@@ -24,7 +24,7 @@ from moepp.study.figures.plots import save_small
 from moepp.study.figures.routing_stats import RoutingStats, Scores
 from moepp.study.style import STYLE
 from moepp.text.held_out import HeldOut, TextOptions, open_held_out
-from moepp.training.checkpoint import load_model, newest_checkpoint, read_checkpoint
+from moepp.training.checkpoint import load, newest_checkpoint, read_checkpoint
 from moepp.training.lightning_cli import OneLineParser
 
 BATCH_TOKENS = 4096
@@ -66,7 +66,8 @@ def figures(options: Options, command: str) -> None:
     if options.min_count < 2:
         raise InputError(f"min_count: must be at least 2, for an interval, got {options.min_count}")
     ckpt = Path(options.ckpt or newest_checkpoint())
-    model, tokenizer = load_model(ckpt)
+    loaded = load(ckpt)
+    model, tokenizer = loaded.model, loaded.tokenizer
     if tokenizer is None:
         raise InputError(f"{ckpt}: has no tokenizer; import it with one (moepp import --help)")
     trained = read_checkpoint(ckpt)["moepp"]
@@ -117,7 +118,7 @@ def figures(options: Options, command: str) -> None:
 
 def load_other(path: str, tokenizer_json: str, model: Transformer) -> Transformer:
     """The checkpoint to compare with; it must be able to read the same tokens."""
-    other, _ = load_model(path)
+    other = load(path).model
     if read_checkpoint(path)["moepp"]["tokenizer"] != tokenizer_json:
         raise InputError(f"versus: {path} has another tokenizer, so its tokens are not the same")
     if other.config.context_length < model.config.context_length:

@@ -127,12 +127,12 @@ def test_the_report_holds_what_a_reviewer_asks_for(finished: Path) -> None:
 
 
 def test_finished_runs_keep_their_weights_and_nothing_else(finished: Path) -> None:
-    from moepp.training.checkpoint import load_model, read_checkpoint
+    from moepp.training.checkpoint import load, read_checkpoint
 
     checkpoints = finished / "runs/m/moepp/seed0/checkpoints"
     (last,) = checkpoints.iterdir()
     assert "optimizer_states" not in read_checkpoint(last)
-    assert load_model(last)[0].moe_config.n_const == 2
+    assert load(last).model.moe_config.n_const == 2
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from moepp.study.figures.parts_of_speech import (
 from moepp.study.figures.routing_stats import MOST_PASSAGES, Passages, RoutingStats, Scores, Sums
 from moepp.text.corpus_list import Wheel
 from moepp.text.token_files import TokenFiles
-from moepp.training.checkpoint import load_model
+from moepp.training.checkpoint import load
 from tests.conftest import tiny
 from tests.training.test_bad_input import refused
 
@@ -289,7 +289,7 @@ def test_figures_twice_are_the_same_numbers(drawn: Path, capsys: pytest.CaptureF
 
 def test_figures_are_of_all_held_out_text(there: Path, drawn: Path) -> None:
     """Against the model itself, on windows cut by hand."""
-    model, _ = load_model(there / "runs/moepp/1/checkpoints/step-00000004.ckpt")
+    model = load(there / "runs/moepp/1/checkpoints/step-00000004.ckpt").model
     (prepared,) = there.glob("data/prepared/text*")
     tokens = np.fromfile(prepared / "val.bin", np.uint16).astype(np.int64)
     rows = {row["domain"]: row for row in read(drawn / "finding3_ffn_by_domain.csv")}
