@@ -16,15 +16,14 @@ VERBS = {  # verb: (module, function of (verb, arguments), what it does)
     "import": ("moepp.training.commands", "run", "a released (Hugging Face) folder → a checkpoint"),
     "export": ("moepp.training.commands", "run", "a checkpoint → a released (Hugging Face) folder"),
 }
-STUDY = {"matplotlib", "scipy"}  # what the extra `study` brings
+STUDY = {"matplotlib", "scipy", "pandas", "PIL", "jinja2"}  # what the extra `study` brings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Returns the exit code: 0, or 2 after one line that names what was wrong with the input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
+        return one_line_errors("help", lambda: print(usage(), flush=True))
     verb, *rest = arguments
     if verb == "--version":
         from moepp import __version__
@@ -45,18 +44,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def one_line_errors(verb: str, run: Callable[[], None]) -> int:
     """The exit code of `run`: bad input ends in one line on stderr."""
-    from moepp.model.errors import InputError  # with torch, which reads the environment
-
     try:
-        run()
-    except InputError as error:
-        return fail(f"{verb}: {error}")
-    except OSError as error:  # permissions, a full disk: the error names the file
-        return fail(f"{verb}: {error}")
+        try:
+            run()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ModuleNotFoundError as error:
-        if error.name not in STUDY:
+        package = (error.name or "").split(".")[0]
+        if package == "moepp":
             raise
-        return fail(f"{verb}: needs {error.name}: pip install matplotlib scipy")
+        extra = "'moepp[study]'" if package in STUDY else package
+        # without a name it is a library that says itself what it lacks
+        return fail(f"{verb}: " + (f"needs {package}: pip install {extra}" if package else str(error)))
+    except Exception as error:
+        from moepp.model.errors import InputError  # torch comes with it, which `--help` can do without
+
+        if not isinstance(error, InputError | OSError):  # permissions, a full disk: the error names the file
+            raise
+        return fail(f"{verb}: {error}")
     except KeyboardInterrupt:
         print(f"moepp {verb}: interrupted", file=sys.stderr)
         return 130

@@ -26,4 +26,20 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr("moepp.cli.VERBS", VERBS | {"report": ("moepp.study.compare.report", "run", "")})
     assert main(["report"]) == 2
-    assert "pip install matplotlib scipy" in capsys.readouterr().err
+    assert "pip install 'moepp[study]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", ["--help", "generate --help"])
+def test_whoever_reads_the_output_may_stop_early(arguments: str) -> None:
+    command = f"{sys.executable} -m moepp {arguments} | true"
+    ended = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("verb", ["fit", "generate", "figures", "prepare"])
+def test_help_speaks_of_the_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([verb, "--help"])
+    shown = capsys.readouterr().out
+    assert "Lightning Trainer command line tool" not in shown
+    assert shown.startswith(f"usage: moepp {verb} ") or f"usage: moepp [options] {verb} " in shown

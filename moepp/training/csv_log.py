@@ -34,7 +34,7 @@ class CSVLog(Logger):
 
     @property
     def name(self) -> str:
-        return "csv"
+        return ""  # with `version` a folder of ModelCheckpoint's: the run's own
 
     @property
     def version(self) -> str:

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,7 +14,7 @@ import lightning as L
 import torch
 import yaml
 from jsonargparse import set_parsing_settings
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -43,6 +44,13 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     "use_distributed_sampler": False,  # TokenDataModule gives every rank its share itself
 }
+REFUSED = {  # what Lightning takes, and a run of ours cannot do
+    "barebones": "leaves out the loggers, checkpoints and callbacks that a run consists of",
+    "limit_predict_batches": "there is nothing to predict: moepp generate writes text",
+    "use_distributed_sampler": "every device gets its share of the text already",
+}
+# Lightning's Timer has an option that YAML does not know
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_str(str(value.value)))
 PARSER = {"parser_mode": "omegaconf+", "allow_abbrev": False, "prog": "moepp"}  # an option cut short is a mistake
 
 
@@ -85,6 +93,10 @@ def parse(cli: type["MoECLI"], verb: str, arguments: list[str]) -> "MoECLI":
         )
     except (OmegaConfBaseException, MisconfigurationException) as error:
         raise InputError(str(error).splitlines()[0]) from error
+    except ValueError as error:  # of a logger or callback whose package is not there
+        if (missing := re.search(r"Requirement '.*", str(error))) is None:
+            raise
+        raise InputError(missing[0]) from error
 
 
 class OneLineParser(LightningArgumentParser):
@@ -154,7 +166,8 @@ class MoECLI(LightningCLI):
         if config["enable_progress_bar"] is None:
             kwargs["enable_progress_bar"] = sys.stdout.isatty()
         if self.subcommand != "fit":
-            return super().instantiate_trainer(logger=False, **kwargs)
+            # a recipe's limit is for the validations amid training
+            return super().instantiate_trainer(logger=False, limit_val_batches=1.0, **kwargs)
         ckpt_path = self.config_init[str(self.subcommand)]["ckpt_path"]
         self.run_folder = RunFolder(self.recipe, config["default_root_dir"], ckpt_path)
         kwargs["default_root_dir"] = str(self.run_folder.path)
@@ -177,6 +190,11 @@ class MoECLI(LightningCLI):
             )
         if config["log_every_n_steps"] < 1:
             raise InputError(f"trainer.log_every_n_steps: must be at least 1, got {config['log_every_n_steps']}")
+        for option, why in REFUSED.items():
+            if config[option]:
+                raise InputError(f"trainer.{option}: {why}")
+        if str(config["precision"]) == "16-true":
+            raise InputError("trainer.precision: in 16-true AdamW's eps is 0: take 16-mixed or bf16-true")
         every, accumulate = config["val_check_interval"], config["accumulate_grad_batches"]
         # a part of an epoch (all of it ends with a step) and a time end at any batch
         amid_a_step = every % accumulate if isinstance(every, int) else every not in (1.0, None)
@@ -201,12 +219,15 @@ class MoECLI(LightningCLI):
             self.checkpoints = Checkpoints(**self._get(self.config_init, "checkpoints"))
             callbacks += [StopOnSignal(self.checkpoints), self.checkpoints]
             plugins = [CheckpointFiles(), *plugins]
-        if progress_bar:
+        given = as_list(config["callbacks"])
+        own_bar = any(isinstance(callback, ProgressBar) for callback in given)
+        if progress_bar and not own_bar:
             callbacks.append(RichProgressBar(refresh_rate=10))
         return {
             "logger": loggers,
-            "callbacks": [*callbacks, *as_list(config["callbacks"])],
+            "callbacks": [*callbacks, *given],
             "plugins": plugins or None,
+            "enable_progress_bar": progress_bar or own_bar,
         }
 
     def read_begun(self) -> dict[str, Any] | None:
@@ -235,7 +256,7 @@ class MoECLI(LightningCLI):
                     self.checkpoints.save(self.trainer)
                 self.trainer.limit_val_batches = 1.0
                 self.trainer.validate(model, datamodule=datamodule, verbose=False)
-        except (InputError, MisconfigurationException, OSError):
+        except (InputError, MisconfigurationException, ModuleNotFoundError, OSError):
             self.run_folder.forget()
             raise
 
@@ -254,7 +275,6 @@ class MoECLI(LightningCLI):
         """Print the metrics of a checkpoint on the held-out text."""
         if ckpt_path is None:
             raise InputError("ckpt_path: name the checkpoint, for example runs/moepp/1/checkpoints/best.ckpt")
-        self.trainer.limit_val_batches = self.trainer.limit_test_batches = 1.0
         with naming_checkpoint(ckpt_path, "evaluated", lambda: self.model.evaluation_begun):
             run(ckpt_path=ckpt_path, **kwargs | {"verbose": False})
         for name, value in self.trainer.callback_metrics.items():
