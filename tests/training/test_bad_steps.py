@@ -75,6 +75,16 @@ def test_too_many_in_a_row_end_the_run_with_what_reproduces_them(
     assert not all(model(batch["inputs"]).logits.isfinite().all() for batch in batches)
 
 
+def test_a_good_step_before_the_next_row_does_not_hide_them(
+    text_file: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, "nan loss", {2, 3, 4})
+    options = ["--trainer.max_steps=9", "--model.optim.max_bad_steps=3", "--trainer.log_every_n_steps=6"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", *tiny(text_file), *options])
+    assert "not finite in 3 steps in a row, before step 6" in stopped.value.code
+
+
 def test_bad_steps_apart_do_not_end_the_run(
     text_file: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

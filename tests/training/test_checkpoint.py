@@ -2,6 +2,9 @@
 
 import os
 import random
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from moepp.training import checkpoint as files
 from moepp.training.checkpoint import read_checkpoint, step_path, write_checkpoint
 from tests.conftest import tiny
 
+RELEASED = Path(__file__).parents[1] / "model/reference/released_linear_gate"
 CONTENT = {"moepp": {"version": "0"}, "state_dict": {"a": torch.arange(300.0), "b": torch.ones(7, 9)}}
 
 
@@ -128,6 +132,47 @@ def test_a_full_disk_ends_the_run_with_one_line(text_file: Path, workdir: Path, 
     assert read_checkpoint(good)["global_step"] == 2
     assert main(["fit", *options, f"--ckpt_path={good}"]) == 0
     assert read_checkpoint(step_path(Path("run"), 6))["global_step"] == 6
+
+
+LIMITED = """
+import resource, signal, sys
+from moepp.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_disk_that_fills_up_within_a_file_ends_the_run_with_one_line(text_file: Path, workdir: Path) -> None:
+    """No file can grow beyond a limit, which a checkpoint reaches and metrics do not."""
+    arguments = ["400000", "fit", *tiny(text_file), "--trainer.max_steps=4"]
+    ended = subprocess.run([sys.executable, "-c", LIMITED, *arguments], capture_output=True, text=True)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert "File too large" in ended.stderr
+    assert "step-00000002.ckpt" in ended.stderr
+    assert not list(Path("runs/moepp/1/checkpoints").iterdir())
+
+
+def test_an_imported_one_has_the_entries_of_a_runs(text_file: Path, workdir: Path) -> None:
+    assert main(["fit", *tiny(text_file), "--trainer.max_steps=1"]) == 0
+    assert main(["import", str(RELEASED), "imported.ckpt"]) == 0
+    of_a_run = read_checkpoint(step_path(Path("runs/moepp/1"), 1))["moepp"]
+    assert read_checkpoint("imported.ckpt")["moepp"].keys() == of_a_run.keys()
+
+
+def test_a_whole_one_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.ckpt"
+    write_checkpoint(path, CONTENT)
+    os.utime(path, (1, 1))
+    looks, testzip = [], zipfile.ZipFile.testzip
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda archive: looks.append(1) or testzip(archive))
+    for _ in range(3):
+        read_checkpoint(path)
+    assert len(looks) == 1
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match="is damaged"):
+        read_checkpoint(path)
 
 
 def test_they_carry_where_they_come_from(text_file: Path, workdir: Path) -> None:
