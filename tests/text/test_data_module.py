@@ -170,6 +170,12 @@ def test_resume_from_a_checkpoint_after_validation(folder: str, tmp_path: Path) 
         assert seen == expected(folder, 2 * epoch)[step:]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_overfit_batches_sees_the_same_batches_every_epoch(folder: str, tmp_path: Path, workers: int) -> None:
+    seen, _ = run(module(folder, num_workers=workers), 6, tmp_path, overfit_batches=2)
+    assert seen == 3 * expected(folder, 2)
+
+
 def test_resume_after_a_crash_inside_a_step(folder: str, tmp_path: Path) -> None:
     """The batch that was being worked on is seen again."""
 
