@@ -197,7 +197,7 @@ def is_text_file(file: Path) -> bool:
 
 
 def is_jsonl(file: Path) -> bool:
-    return ".jsonl" in file.name.lower().removeprefix(stem(file).lower())
+    return re.search(r"\.jsonl(\.gz|\.zst)?\Z", file.name, re.IGNORECASE) is not None
 
 
 def stem(file: Path) -> str:

@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from moepp.system.files import fsync_folder, lasting, sha256_of, sha256_of_file
 from moepp.text.documents import Document, open_source
 from moepp.text.token_files import FORMAT, data_hash
 from moepp.text.tokenizer import (
+    END_OF_TEXT,
     END_OF_TEXT_ID,
     FEWEST_TOKENS,
     MOST_TOKENS,
@@ -82,11 +84,11 @@ def prepare(
                 documents = Documents.copy(source.documents(), unfinished / "documents", advance)
             if not documents.domains:
                 raise InputError(f"{path} holds no text: every document is empty")
-            held_out_N = hold_out(documents, val_fraction)
-            if not held_out_N.any():
+            parts = split(documents, val_fraction)
+            if not len(parts["val"]):
                 raise InputError(
-                    f"{path} has {len(held_out_N)} document(s), no two in one domain, so none can be held out for "
-                    "validation: give more text, or put it into one folder"
+                    f"{path} has {len(parts['train'])} document(s), no two in one domain, so none can be held out "
+                    "for validation: give more text, or put it into one folder"
                 )
             about = {
                 "path": path,
@@ -94,23 +96,24 @@ def prepare(
                 "val_fraction": val_fraction,
                 "wheels": {wheel.package: wheel.sha256 for wheel in source.wheels},
             }
-            write_token_files(unfinished, documents, held_out_N, vocab_size, about, progress)
+            write_token_files(unfinished, documents, parts, vocab_size, about, progress)
             documents.path.unlink()
     return folder
 
 
 def check_options(vocab_size: int, val_fraction: float, part: str = "") -> None:
     """Refuse what no tokenizer, or no division of a text, can be made with; `part` is where a recipe has it."""
-    check_range(f"{part}vocab_size", vocab_size, FEWEST_TOKENS, MOST_TOKENS)
+    bytes_and_end = f" (256 bytes and {END_OF_TEXT})"
+    check_range(f"{part}vocab_size", vocab_size, FEWEST_TOKENS, MOST_TOKENS, bytes_and_end)
     if not 0 < val_fraction < 1:
         raise InputError(f"{part}val_fraction must lie between 0 and 1, not {val_fraction}")
 
 
-def check_range(name: str, value: int, least: int, most: int) -> None:
+def check_range(name: str, value: int, least: int, most: int, why_least: str = "") -> None:
     if type(value) is not int:  # what ${…} in a recipe stands for has not been through the parser
         raise InputError(f"{name} must be a whole number, not {value!r}")
     if value < least:
-        raise InputError(f"{name} must be at least {least}, not {value}")
+        raise InputError(f"{name} must be at least {least}{why_least}, not {value}")
     if value > most:
         raise InputError(f"{name} must be at most {most}, not {value}")
 
@@ -161,41 +164,43 @@ class Documents:
         sha256 = [h.hexdigest() for h in hashes.values()]
         return cls(path, list(hashes), sha256, np.array(domain, np.int32), np.array(length, np.int64))
 
+    @cached_property
+    def end_N(self) -> np.ndarray:
+        return np.cumsum(self.bytes_N)
+
     def texts(self, indices: np.ndarray, advance: Callable[[int], None]) -> Iterator[str]:
         """The documents with these indices, in this order; `advance` is told the bytes of each."""
-        end_N = np.cumsum(self.bytes_N)
         with self.path.open("rb") as file:
             for index in indices:
                 size = int(self.bytes_N[index])
-                file.seek(int(end_N[index]) - size)
+                file.seek(int(self.end_N[index]) - size)
                 yield file.read(size).decode()
                 advance(size)
 
 
-def hold_out(documents: Documents, fraction: float) -> np.ndarray:
-    """(N,) bool: which documents to validate on. Of each domain at least one, and never all of them."""
-    held_out_N = np.zeros(len(documents.domain_N), bool)
+def split(documents: Documents, val_fraction: float) -> dict[str, np.ndarray]:
+    """Indices of the documents to train on, and of those held out: of each domain at least one, and never all."""
+    held_out = []
     for d in range(len(documents.domains)):
         rng = np.random.Generator(np.random.Philox(key=d))
         mine = rng.permutation(np.flatnonzero(documents.domain_N == d))
         size = documents.bytes_N[mine]
-        enough = 1 + np.searchsorted(np.cumsum(size), fraction * size.sum())
-        held_out_N[mine[: min(int(enough), len(mine) - 1)]] = True
-    return held_out_N
+        enough = 1 + np.searchsorted(np.cumsum(size), val_fraction * size.sum())
+        held_out.append(np.sort(mine[: min(int(enough), len(mine) - 1)]))
+    val = np.concatenate(held_out)
+    return {"train": np.setdiff1d(np.arange(len(documents.domain_N)), val), "val": val}
 
 
 def write_token_files(
     folder: Path,
     documents: Documents,
-    held_out_N: np.ndarray,
+    parts: dict[str, np.ndarray],
     vocab_size: int,
     about: dict[str, Any],
     progress: bool,
 ) -> None:
     """What moepp.text.token_files describes."""
-    train, val = np.flatnonzero(~held_out_N), np.flatnonzero(held_out_N)
-    parts = {"train": train, "val": val[np.argsort(documents.domain_N[val], kind="stable")]}
-
+    train = parts["train"]
     sample = train[:: -(-int(documents.bytes_N[train].sum()) // TOKENIZER_BYTES)]
     with phase("training the tokenizer", int(documents.bytes_N[sample].sum()), progress) as advance:
         tokenizer = train_tokenizer(documents.texts(sample, advance), vocab_size)
@@ -248,9 +253,9 @@ def encode(
     indices: np.ndarray,
     dtype: str,
     advance: Callable[[int], None],
-) -> list[int]:
+) -> np.ndarray:
     """Write the tokens of these documents; returns how many each has, its `<|endoftext|>` included."""
-    tokens = []
+    tokens = array("q")
     batch_of = np.cumsum(documents.bytes_N[indices]) // BATCH_BYTES
     with lasting(path) as file:
         file.write(np.array([END_OF_TEXT_ID], dtype).tobytes())  # for the very first token to follow
@@ -260,7 +265,7 @@ def encode(
                 ids = [*encoding.ids, END_OF_TEXT_ID]
                 file.write(np.array(ids, dtype).tobytes())
                 tokens.append(len(ids))
-    return tokens
+    return np.array(tokens, np.int64)
 
 
 @contextmanager
