@@ -1,5 +1,6 @@
 """Files that are whole at every moment, also after a power cut; YAML that a person wrote, and where two differ."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -17,10 +18,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write in place of `path`. Whoever looks, at any moment, finds the old content or the new one."""
     beside = path.with_name(path.name + ".tmp")
     try:
-        with beside.open("wb") as file:
+        with lasting(beside) as file:  # before the rename: otherwise a power cut could leave the new name empty
             yield file
-            file.flush()
-            os.fsync(file.fileno())  # before the rename: otherwise a power cut could leave the new name empty
         os.replace(beside, path)
     except BaseException as error:
         beside.unlink(missing_ok=True)  # on a full disk the room is needed
@@ -30,6 +29,15 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     fsync_folder(path.parent)
 
 
+@contextmanager
+def lasting(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, whose content is on the disk when the block ends."""
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def fsync_folder(folder: Path) -> None:
     """Make renames and removals in `folder` last."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -37,6 +45,15 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_yaml(path: Path) -> Any:

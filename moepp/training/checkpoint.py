@@ -17,9 +17,9 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from tokenizers import Tokenizer
 
 from moepp.model import InputError, MoEConfig, Transformer, TransformerConfig
-from moepp.system.files import replacing
+from moepp.system.files import replacing, sha256_of
 from moepp.system.machine import provenance
-from moepp.text.token_files import load_tokenizer, sha256_of
+from moepp.text.tokenizer import load_tokenizer
 
 
 def write_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:

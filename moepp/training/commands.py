@@ -10,7 +10,8 @@ from jsonargparse import auto_cli
 from moepp.model import InputError, export_released, load_released
 from moepp.model import generate as generation
 from moepp.text.prepare import prepare as prepare_text
-from moepp.text.token_files import END_OF_TEXT, TokenFiles, load_tokenizer
+from moepp.text.token_files import TokenFiles
+from moepp.text.tokenizer import END_OF_TEXT, load_tokenizer
 from moepp.training.checkpoint import described, load, newest_checkpoint, write_checkpoint
 from moepp.training.lightning_cli import OneLineParser
 

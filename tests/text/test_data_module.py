@@ -1,11 +1,8 @@
-"""Token files → batches, and their order through a real Trainer."""
+"""The DataModule: workers, resuming through a real Trainer, bad input."""
 
 import hashlib
-import json
-import random
 import shutil
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +13,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from moepp.model.errors import InputError
-from moepp.text.data_module import IGNORE, TokenDataModule, TrainOrder, _ValWindows
-from moepp.text.prepare import prepare
+from moepp.text.batches import HeldOutBatches
+from moepp.text.data_module import TokenDataModule
 from moepp.text.token_files import TokenFiles
-from tests.text.conftest import one_line
+from tests.text.conftest import one_line, oracle
 
 S, B = 16, 4
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Token files of three domains: 568 tokens to train on, 8 batches an epoch."""
-    root = tmp_path_factory.mktemp("data")
-    rng = random.Random(0)
-    (root / "text").mkdir()
-    for domain in "abc":
-        texts = (" ".join(rng.choices(["apple", "bird", "cat", "dog"], k=20)) for _ in range(12))
-        (root / "text" / f"{domain}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    return str(prepare(str(root / "text"), 290, 0.2, str(root), progress=False))
 
 
 def module(folder: str, **options: object) -> TokenDataModule:
@@ -48,116 +33,37 @@ def opened(folder: str, **options: object) -> TokenDataModule:
     return data
 
 
-# ---- training order --------------------------------------------------------------------------------------------
-
-
-def oracle(tokens: np.ndarray, seed: int, n: int, seq_len: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Batch ``n`` from nothing but the seed and ``n``, written as plainly as possible."""
-    windows = len(tokens) // seq_len - 1
-    epoch, i = n // (windows // batch), n % (windows // batch)
-    rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-    phase = rng.integers(seq_len)
-    order = rng.permutation(windows)
-    inputs, targets = [], []
-    for window in order[i * batch : (i + 1) * batch]:
-        start = phase + window * seq_len
-        inputs.append([int(tokens[start + j]) for j in range(seq_len)])
-        targets.append([int(tokens[start + j + 1]) for j in range(seq_len)])
-    return np.array(inputs), np.array(targets)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_those_of_the_oracle(folder: str, workers: int) -> None:
+def test_loaders_hand_out_the_batches(folder: str, workers: int) -> None:
     data = opened(folder, seed=7, num_workers=workers)
     loader = data.train_dataloader()
     batches = list(loader)
     assert len(batches) == len(loader) > 5
     for n, batch in enumerate(batches):
         inputs, targets = oracle(data.files.train, 7, n, S, B)
-        assert batch["inputs"].dtype == batch["targets"].dtype == batch["domain"].dtype == torch.int64
         assert batch["inputs"].numpy().tolist() == inputs.tolist()
         assert batch["targets"].numpy().tolist() == targets.tolist()
-        assert batch["domain"].tolist() == [-1] * B
+    val = HeldOutBatches(data.files, S, B)
+    loaded = list(data.val_dataloader())
+    assert len(loaded) == len(val) == len(data.test_dataloader())
+    for n, batch in enumerate(loaded):
+        assert all(torch.equal(batch[key], val[n][key]) for key in ("inputs", "targets", "domain"))
 
 
-def test_order_is_pinned() -> None:
-    """Runs are compared across versions of this code: the order must never change."""
-    order = TrainOrder(n_tokens=200, seq_len=10, batch_size=6, seed=3)
-    assert (order.windows, order.batches) == (19, 3)
-    assert [order(n) for n in (0, 2, 3)] == [
-        [118, 48, 98, 148, 168, 88],
-        [158, 58, 108, 78, 8, 138],
-        [18, 158, 58, 148, 8, 28],
-    ]
-
-
-@pytest.mark.parametrize("n_tokens", [11, 15, 19, 20, 21, 29, 30, 200, 205])
-def test_an_epoch_has_each_window_once_and_stays_inside(n_tokens: int) -> None:
-    order = TrainOrder(n_tokens, seq_len=10, batch_size=1, seed=0)
-    phases = set()
-    for epoch in range(50):
-        starts = [order(epoch * order.batches + i)[0] for i in range(order.batches)]
-        phase = min(starts)
-        assert sorted(starts) == [phase + 10 * w for w in range(order.windows)]
-        assert 0 <= phase < 10
-        assert max(starts) + 11 <= n_tokens
-        assert n_tokens - (order.windows * 10 + 1) < 20  # no more is left out than an epoch's shift needs
-        phases.add(phase)
-    assert len(phases) == min(10, n_tokens - 10 * order.windows)
-
-
-def test_seed_and_epoch_change_the_order() -> None:
-    order, other = TrainOrder(5000, 10, 50, 0), TrainOrder(5000, 10, 50, 1)
-    assert order(0) != other(0)
-    assert {s % 10 for s in order(0)} == {order(0)[0] % 10}
-    assert sorted(order(0)) != sorted(order(order.batches))
-    assert order(order.batches) != other(0)  # (seed 0, epoch 1) is not (seed 1, epoch 0)
-
-
-def test_devices_share_a_batch(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_have_shares(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two devices with batches of 4 see together what one device with batches of 8 sees."""
     whole = list(opened(folder, batch_size=8).train_dataloader())
     parts = []
-    monkeypatch.setattr(TokenDataModule, "_world_size", 2)
+    monkeypatch.setattr(TokenDataModule, "world_size", 2)
     for rank in range(2):
-        monkeypatch.setattr(TokenDataModule, "_rank", rank)
-        parts.append(list(opened(folder).train_dataloader()))
+        monkeypatch.setattr(TokenDataModule, "rank", rank)
+        data = opened(folder)
+        parts.append(list(data.train_dataloader()))
+        assert next(iter(data.val_dataloader()))["inputs"].shape == (B, S)
+        assert len(data.val_dataloader()) == len(HeldOutBatches(data.files, S, B, rank, 2))
+    assert len(parts[0]) == len(parts[1]) == len(whole)
     for n, batch in enumerate(whole):
         assert torch.equal(batch["inputs"], torch.cat([parts[0][n]["inputs"], parts[1][n]["inputs"]]))
-    assert len(parts[0]) == len(parts[1]) == len(whole)
-
-
-# ---- validation ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("seq_len", [S, 7, 100])
-def test_validation_has_every_token_as_a_target_once(folder: str, seq_len: int, workers: int) -> None:
-    data = opened(folder, seq_len=seq_len, num_workers=workers, batch_size=1 if seq_len == 100 else B)
-    val, seen = data.files.val, Counter[tuple[int, int, int]]()
-    names = ("inputs", "targets", "domain")
-    for batch in data.val_dataloader():
-        assert batch["inputs"].shape == batch["targets"].shape == (len(batch["domain"]), seq_len)
-        for inputs, targets, domain in zip(*(batch[k].tolist() for k in names), strict=True):
-            count = seq_len - targets.count(IGNORE)
-            assert targets[count:] == [IGNORE] * (seq_len - count)
-            assert targets[: count - 1] == inputs[1:count]  # the next token
-            seen.update((domain, i, t) for i, t in zip(inputs[:count], targets[:count], strict=True))
-    wanted = Counter(
-        (d, int(val[i - 1]), int(val[i])) for d, (a, b) in enumerate(data.files.val_ranges) for i in range(a, b)
-    )
-    assert seen == wanted
-    assert sum(seen.values()) == len(val) - 1
-
-
-def test_bytes_of_validation_targets_are_the_bytes_of_the_documents(folder: str) -> None:
-    """What bits per byte divides by."""
-    data = opened(folder)
-    sizes = [0, 0, 0]
-    for batch in data.val_dataloader():
-        for targets, domain in zip(batch["targets"], batch["domain"], strict=True):
-            sizes[domain] += int(data.files.bytes_per_token[targets[targets != IGNORE]].sum())
-    assert sizes == [meta["val"]["bytes"] for meta in data.files.meta["domains"].values()]
 
 
 def test_first_validation_batches_mix_domains_and_do_not_depend_on_the_seed(folder: str) -> None:
@@ -165,19 +71,6 @@ def test_first_validation_batches_mix_domains_and_do_not_depend_on_the_seed(fold
     again = next(iter(opened(folder, seed=1, batch_size=12).val_dataloader()))
     assert set(first["domain"].tolist()) == {0, 1, 2}
     assert torch.equal(first["inputs"], again["inputs"])
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_devices_share_validation_evenly(folder: str, world_size: int) -> None:
-    files = TokenFiles.open(folder)
-    parts = [_ValWindows(files, S, rank, world_size) for rank in range(world_size)]
-    assert len({len(part) for part in parts}) == 1  # else the slower devices would wait for ever
-    windows = [tuple(w) for part in parts for w in part.windows.tolist()]
-    whole = [tuple(w) for w in _ValWindows(files, S).windows.tolist()]
-    assert Counter(w for w in windows if w[1]) == Counter(whole)
-    empty = parts[-1].__getitems__([len(parts[-1]) - 1]) if (0, 0, 0) in windows else None
-    if empty:
-        assert (empty["targets"] == IGNORE).all()
 
 
 # ---- through a Trainer -----------------------------------------------------------------------------------------
@@ -210,7 +103,7 @@ def run(
     every: int | None = 1,
     **options: Any,
 ) -> tuple[list[str], Path]:
-    """Train up to ``steps``, with a checkpoint every so many of them (None: after validation).
+    """Train up to `steps`, with a checkpoint every so many of them (None: after validation).
 
     Returns:
         the batches, and the newest checkpoint.
@@ -275,6 +168,12 @@ def test_resume_from_a_checkpoint_after_validation(folder: str, tmp_path: Path) 
         checkpoint = tmp_path / f"step={step}.ckpt"
         seen, _ = run(module(folder), 2 * epoch, tmp_path / str(step), checkpoint, val_check_interval=2)
         assert seen == expected(folder, 2 * epoch)[step:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_overfit_batches_sees_the_same_batches_every_epoch(folder: str, tmp_path: Path, workers: int) -> None:
+    seen, _ = run(module(folder, num_workers=workers), 6, tmp_path, overfit_batches=2)
+    assert seen == 3 * expected(folder, 2)
 
 
 def test_resume_after_a_crash_inside_a_step(folder: str, tmp_path: Path) -> None:

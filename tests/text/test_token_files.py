@@ -5,34 +5,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 from moepp.model.errors import InputError
-from moepp.text.token_files import TokenFiles, data_hash, padded_vocab_size, sha256_of
-from tests.text.conftest import make, one_line, write_text
-
-
-def test_padding_of_the_vocabulary_and_dtype(tmp_path: Path) -> None:
-    sizes = {257: 320, 320: 320, 321: 384, 8192: 8192, 65536: 65536, 65537: 65600}
-    assert {size: padded_vocab_size(size) for size in sizes} == sizes
-    write_text(tmp_path / "text", {"a": 4})
-    files = TokenFiles.open(make(tmp_path, vocab_size=65537))
-    assert (files.train.dtype, files.meta["padded_vocab_size"]) == (np.uint32, 65600)
-
-
-def test_bytes_per_token(prepared: tuple[list[tuple[str, str]], TokenFiles]) -> None:
-    _, files = prepared
-    counts = files.bytes_per_token
-    assert counts.dtype == torch.int64
-    assert counts.shape == (320,)
-    assert counts[0] == 0
-    assert counts[files.meta["vocab_size"] :].sum() == 0
-    assert (counts[1 : files.meta["vocab_size"]] >= 1).all()
-    for part, ids in (("train", files.train), ("val", files.val)):  # adds up to the bytes of the documents
-        size = sum(meta[part]["bytes"] for meta in files.meta["domains"].values())
-        assert counts[torch.from_numpy(ids.astype(np.int64))].sum() == size
+from moepp.system.files import sha256_of
+from moepp.text.token_files import TokenFiles, data_hash
+from tests.text.conftest import one_line
 
 
 def test_describe(prepared: tuple[list[tuple[str, str]], TokenFiles]) -> None:

@@ -11,7 +11,7 @@ import yaml
 
 from moepp.model import InputError, MoEConfig, TransformerConfig, flops_per_token
 from moepp.system.files import read_yaml
-from moepp.text.token_files import padded_vocab_size
+from moepp.text.tokenizer import padded_vocab_size
 from moepp.training import lightning_cli
 
 PLOTS = ("curves", "tau", "constants")

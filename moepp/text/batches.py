@@ -1,0 +1,141 @@
+"""Token files → batches.
+
+The order of training batches needs no state: batch n is a function of the seed and n alone. So it is the same for
+every model that is compared, for any number of workers, and after a resume, where n is the number of batches that
+the restored trainer has already seen.
+
+A batch is a dict of `inputs` (B, S) int64, `targets` (B, S) int64, -100 where there is none, and `domain` (B,)
+int64, an index into the token files' domains (-1 in training, where a window may cross domains).
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from torch.utils.data import Dataset, Sampler
+
+from moepp.text.token_files import TokenFiles
+from moepp.text.tokenizer import END_OF_TEXT_ID
+
+IGNORE = -100  # a target that is none: what torch's cross-entropy ignores
+
+Batch = dict[str, torch.Tensor]
+
+
+class TrainOrder:
+    """Which sequences make up batch n.
+
+    The tokens are cut into windows of S + 1 tokens, S apart, so that an epoch has each token as a target once, but
+    for the rest that fills no window or no batch. Each epoch cuts at another place and shuffles anew.
+
+    Args:
+        n_tokens: in the token file.
+        seq_len: S.
+        batch_size: sequences in a batch, over all devices.
+        seed: of the shuffling.
+    """
+
+    def __init__(self, n_tokens: int, seq_len: int, batch_size: int, seed: int) -> None:
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        self.seed = seed
+        # The cut needs up to S - 1 tokens before the first window. A text of a single window has no such room.
+        self.windows = max(1, (n_tokens - seq_len) // seq_len)
+        self.phases = min(seq_len, n_tokens - self.windows * seq_len)
+        self.batches = self.windows // batch_size  # in an epoch
+        self.epoch = -1  # whose starts are at hand
+        self.starts_W = np.empty(0, np.int64)
+
+    def __call__(self, n: int) -> list[int]:
+        """The first token of each sequence of batch n; counted through all epochs."""
+        epoch, batch = divmod(n, self.batches)
+        if epoch != self.epoch:
+            rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+            self.starts_W = rng.integers(self.phases) + self.seq_len * rng.permutation(self.windows)
+            self.epoch = epoch
+        return self.starts_W[batch * self.batch_size :][: self.batch_size].tolist()
+
+
+class TrainBatches(Dataset[Batch]):
+    """One device's share of batch n, for any n."""
+
+    def __init__(self, files: TokenFiles, order: TrainOrder, rank: int = 0, world_size: int = 1) -> None:
+        self.files = files
+        self.order = order
+        share = order.batch_size // world_size
+        self.share = slice(rank * share, (rank + 1) * share)
+
+    def __len__(self) -> int:
+        return self.order.batches
+
+    def __getitem__(self, n: int) -> Batch:
+        starts = self.order(n)[self.share]
+        windows = sliding_window_view(self.files.train, self.order.seq_len + 1)[starts].astype(np.int64)
+        return {
+            "inputs": torch.from_numpy(windows[:, :-1].copy()),
+            "targets": torch.from_numpy(windows[:, 1:].copy()),
+            "domain": torch.full((len(starts),), -1),
+        }
+
+
+class EpochSampler(Sampler[int]):
+    """The numbers of so many batches, from where the run stands; it is asked anew for every epoch."""
+
+    def __init__(self, length: int, batches_seen: Callable[[], int]) -> None:
+        self.length = length
+        self.batches_seen = batches_seen
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.batches_seen()
+        return iter(range(first, first + self.length))
+
+
+def held_out_windows(files: TokenFiles, seq_len: int) -> np.ndarray:
+    """Windows that have each held-out token as a target once: (W, 3) int64, first token, targets (≤ S), domain."""
+    return np.array(
+        [
+            (start, min(seq_len, end - 1 - start), domain)
+            for domain, (begin, end) in enumerate(files.val_ranges)
+            for start in range(begin - 1, end - 1, seq_len)  # begin - 1 is <|endoftext|>
+        ],
+        np.int64,
+    )
+
+
+class HeldOutBatches(Dataset[Batch]):
+    """Windows of the held-out text, shuffled over all domains once and for all, so many at a time.
+
+    Of D devices each takes every D-th window. To have as many as the others, a device may get an empty window:
+    domain 0 and no target at all.
+    """
+
+    def __init__(
+        self, files: TokenFiles, seq_len: int, batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.files = files
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        shuffled = np.random.Generator(np.random.Philox(key=0)).permutation(held_out_windows(files, seq_len))
+        empty = np.zeros((-len(shuffled) % world_size, 3), np.int64)
+        self.windows = np.concatenate([shuffled, empty])[rank::world_size]
+
+    def __len__(self) -> int:
+        return -(-len(self.windows) // self.batch_size)
+
+    def __getitem__(self, n: int) -> Batch:
+        windows = self.windows[n * self.batch_size :][: self.batch_size]
+        tokens = self.files.val
+        inputs_BS = np.full((len(windows), self.seq_len), END_OF_TEXT_ID, np.int64)
+        targets_BS = np.full((len(windows), self.seq_len), IGNORE, np.int64)
+        for row, (start, count, _) in enumerate(windows):
+            inputs_BS[row, :count] = tokens[start : start + count]
+            targets_BS[row, :count] = tokens[start + 1 : start + count + 1]
+        return {
+            "inputs": torch.from_numpy(inputs_BS),
+            "targets": torch.from_numpy(targets_BS),
+            "domain": torch.from_numpy(windows[:, 2].copy()),
+        }
