@@ -63,25 +63,24 @@ def run(verb: str, arguments: list[str]) -> None:
         raise InputError(f"quick: {options.matrix} has no quick version")
     if options.quick and options.base:
         raise InputError("base: --quick has a base of its own, so leave out one of the two")
-    settings = contents | (contents["quick"] if options.quick else {})
-    base = options.base or options.matrix.parent / str(settings.get("base"))
-    seeds = settings.get("seeds", 3) if options.seeds is None else options.seeds
-    jobs = settings.get("jobs", 1) if options.jobs is None else options.jobs
-    for name, value in (("seeds", seeds), ("jobs", jobs)):
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    settings = {"seeds": 3, "jobs": 1} | contents | (contents["quick"] if options.quick else {}) | given
+    for name in ("seeds", "jobs"):
+        value = settings[name]
         if not isinstance(value, int) or value < 1:
             raise InputError(f"{name}: must be at least 1, got {value}")
         if value > MOST:
             raise InputError(f"{name}: must be at most {MOST}, got {value}")
+    base = options.base or options.matrix.parent / str(settings.get("base"))
     out = options.out or Path("runs") / (options.matrix.stem + ("-quick" if options.quick else ""))
     matrix = resolve(options.matrix, contents, base, overrides)
-    runs = matrix.runs(seeds, out)
+    runs = matrix.runs(settings["seeds"], out)
     refuse_changed_options(runs)
     if options.dry_run:
         dry_run(matrix, runs)
         return
     gpus = visible_gpus(matrix)
-    if gpus and options.jobs is None:
-        jobs = len(gpus) // matrix.devices
+    jobs = len(gpus) // matrix.devices if gpus and options.jobs is None else settings["jobs"]
 
     from moepp.study.compare import report  # matplotlib, pandas, scipy: before hours of training, not after
 
@@ -157,27 +156,21 @@ def dry_run(matrix: Matrix, runs: list[Run]) -> None:
         reference = matrix.reference
         per_flop = step_seconds(reference) * reference.steps / reference.training_flops()
         how = f"from a measured step of {reference.name}; starting and validating come on top"
-    table = Table(title=f"{len(runs)} runs of {matrix.path}", box=SIMPLE)
-    table.add_column("variant", no_wrap=True)
+    table = Table("variant", title=f"{len(runs)} runs of {matrix.path}", box=SIMPLE)
     for title in ("to run", "finished", "parameters", "active/token", "tokens", "FLOPs/run", "time/run"):
         table.add_column(title, justify="right", no_wrap=True)
     flops_left = 0.0
     for variant in matrix.variants:
-        to_run, done = (
-            sum(run.variant is variant and run.finished is finished for run in runs) for finished in (False, True)
-        )
+        own = [run for run in runs if run.variant is variant]
+        n_finished = sum(run.finished for run in own)
         flops = variant.training_flops()
-        flops_left += to_run * flops
+        flops_left += (len(own) - n_finished) * flops
         parameters = count_parameters(variant.transformer, variant.moe)
+        active = parameters.active(variant.moe.expected_ffn_per_token)
+        millions = (f"{number / 1e6:.2f}M" for number in (parameters.total, active, variant.tokens))
+        time = timedelta(seconds=round(flops * per_flop))
         table.add_row(
-            variant.name,
-            str(to_run),
-            str(done),
-            f"{parameters.total / 1e6:.2f}M",
-            f"{parameters.active(variant.moe.expected_ffn_per_token) / 1e6:.2f}M",
-            f"{variant.tokens / 1e6:.2f}M",
-            f"{flops:.3g}",
-            str(timedelta(seconds=round(flops * per_flop))),
+            variant.name, str(len(own) - n_finished), str(n_finished), *millions, f"{flops:.3g}", str(time)
         )
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)

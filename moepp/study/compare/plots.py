@@ -7,26 +7,25 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
-from moepp.study.compare.results import Results
-from moepp.study.compare.stats import verdict
+from moepp.study.compare.results import PAIRED, Results
 from moepp.study.style import BLACK, BLUE, COLOURS, ORANGE
 
 GREY = "#7F7F7F"
 LEGEND = "mean over seeds and 95 % interval;\nblue or orange where it excludes zero"
 
 
-def loss_curves(results: Results) -> plt.Figure | None:
+def curves(results: Results) -> plt.Figure | None:
     """Validation loss against tokens and against training FLOPs: the mean over seeds, ± s.d. as a band."""
-    curves = {
+    by_variant = {
         name: pd.concat([curve for (variant, _), curve in results.curves.items() if variant == name])
         for name in results.shown_in("curves").index
     }
-    curves = {name: curve for name, curve in curves.items() if curve.index.nunique() > 1}
-    if not curves:
+    by_variant = {name: curve for name, curve in by_variant.items() if curve.index.nunique() > 1}
+    if not by_variant:
         return None
     figure, (by_tokens, by_flops) = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
     late = []  # losses after the steep beginning, which would flatten all that follows
-    for colour, (name, curve) in zip(cycle(COLOURS), curves.items(), strict=False):
+    for colour, (name, curve) in zip(cycle(COLOURS), by_variant.items(), strict=False):
         by_step = curve.groupby("step")
         mean, deviation = by_step.mean(), by_step["loss"].std()
         late.append(curve.loss[curve.index >= mean.index[min(len(mean) // 3, len(mean) - 2)]])
@@ -88,8 +87,8 @@ def constants(results: Results) -> plt.Figure | None:
 
 def errorbar(axes: Axes, row: pd.Series, **place: float) -> tuple[float, float, float]:
     """The loss difference with its interval, across at height `y` or upright at `x`. Returns (mean, low, high)."""
-    mean, low, high = row[["loss_difference", "loss_difference_low", "loss_difference_high"]]
-    colour = {"better": BLUE, "worse": ORANGE}.get(verdict(low, high), GREY)
+    mean, low, high, _, verdict = (row[f"loss_difference{part}"] for part in PAIRED)
+    colour = {"better": BLUE, "worse": ORANGE}.get(verdict, GREY)
     value, error = ("x", "xerr") if "y" in place else ("y", "yerr")
     where = {value: mean, error: [[mean - low], [high - mean]], **place}
     axes.errorbar(**where, fmt="o", color=colour, capsize=3, markersize=5, linewidth=1.6)

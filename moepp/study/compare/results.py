@@ -15,6 +15,8 @@ from moepp.study.compare.matrix import Matrix, Run, Variant
 from moepp.study.compare.stats import paired
 from moepp.training.metrics import BITS, FFN, FFN_PER_TOKEN, FINAL, LOSS, STEP, TOKENS, VAL
 
+PAIRED = ("", "_low", "_high", "_p", "_verdict")  # of a difference's columns, what stands after `_difference`
+REFERENCE = "reference"  # its own verdict
 Curves = dict[tuple[str, int], pd.DataFrame]  # by variant and seed, see `read_curve`
 
 
@@ -34,6 +36,11 @@ class Results:
     runs: pd.DataFrame
     curves: Curves
     variants: pd.DataFrame
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Of `variants`, with the name as column `variant`."""
+        return self.variants.reset_index().to_dict("records")
 
     def shown_in(self, plot: str) -> pd.DataFrame:
         """The variants that belong in a plot."""
@@ -60,9 +67,7 @@ def read_results(matrix: Matrix, runs: list[Run], speeds: dict[str, dict[str, fl
 
 
 def read_curve(run: Run) -> tuple[pd.DataFrame, float]:
-    """Validation `loss` by step, with the `tokens` and the `flops` of training by then; and the FLOPs of all steps.
-
-    FLOPs are of the FFN experts per token as measured.
+    """Validation `loss` by step, with `tokens` and `flops` (as measured) of training by then; and the FLOPs in all.
 
     Raises:
         InputError: metrics.csv cannot be read or holds no training step.
@@ -127,6 +132,8 @@ def compare(
         row |= mean_sd(ours, BITS, name.removeprefix(FINAL + BITS))
     for quantity, values in variant.paper.items():
         row |= {f"paper_{quantity}/{size}": value for size, value in values.items()}
+    if variant is reference:
+        row["loss_difference_verdict"] = REFERENCE
     return row
 
 
@@ -158,6 +165,5 @@ def mean_sd(runs: pd.DataFrame, metric: str, domain: str = "") -> dict[str, floa
     return {f"{metric}_mean{domain}": values.mean(), f"{metric}_sd{domain}": values.std()}
 
 
-def difference(name: str, ours: pd.Series, theirs: pd.Series) -> dict[str, float]:
-    columns = (f"{name}_difference{part}" for part in ("", "_low", "_high", "_p"))
-    return dict(zip(columns, paired(ours, theirs), strict=True))
+def difference(name: str, ours: pd.Series, theirs: pd.Series) -> dict[str, Any]:
+    return dict(zip((f"{name}_difference{part}" for part in PAIRED), paired(ours, theirs), strict=True))

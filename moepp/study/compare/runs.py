@@ -1,4 +1,4 @@
-"""Training the runs of a study: each a process and a folder of its own, as many at once as the machine has room for."""
+"""The runs of a study, trained: each in a process and a folder of its own, several at once."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from typing import IO, Any
 import torch
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress
 
 from moepp.model import InputError
 from moepp.study.compare.matrix import Matrix, Run
@@ -27,19 +27,12 @@ FIT = [sys.executable, "-m", "moepp", "fit"]
 
 @dataclass(frozen=True)
 class Workers:
-    """How many runs at once, and what each gets of the machine.
-
-    Args:
-        jobs: runs at once.
-        devices: of the run that takes most.
-        gpus: as CUDA_VISIBLE_DEVICES names them; empty: the runs train on the CPU.
-        lock: an open file for the runs to inherit.
-    """
+    """How many runs at once, and what each gets of the machine."""
 
     jobs: int
-    devices: int
-    gpus: list[str]
-    lock: IO[str]
+    devices: int  # of the run that takes most
+    gpus: list[str]  # as CUDA_VISIBLE_DEVICES names them; empty: runs train on the CPU
+    lock: IO[str]  # an open file for the runs to inherit
 
     @property
     def threads(self) -> int:
@@ -110,7 +103,7 @@ def execute(runs: list[Run], workers: Workers) -> None:
                         del busy[slot]
                         keep_weights_alone(run) if run.finished else write_failure(run, process.returncode)
                         overview.end(run)
-                overview.update([run for run, _ in busy.values()])
+                overview.show([run for run, _ in busy.values()])
                 time.sleep(0.2)
         finally:
             for _, process in busy.values():
@@ -137,32 +130,22 @@ def write_failure(run: Run, exit_code: int) -> None:
     (run.folder / "failed.txt").write_text(f"exit code {exit_code}: {last_line}\n")
 
 
-class Overview:
+class Overview(Progress):
     """One line for the whole study: a bar in a terminal, a printed line as each run ends elsewhere."""
 
     def __init__(self, runs: list[Run]) -> None:
-        self.runs = runs
+        console = Console()
+        columns = ("{task.description}", BarColumn(), "{task.percentage:.0f} %", "{task.fields[left]}")
+        super().__init__(*columns, console=console, disable=not console.is_terminal)
+        self.bar = self.add_task("", total=1.0, left="")
         self.begun = time.monotonic()
+        self.runs, self.ended = runs, list[Run]()
         self.steps_before = {run.name: steps_done(run) for run in runs}
-        self.ended: list[Run] = []
-        self.console = Console()
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
-        columns += (TextColumn("{task.fields[left]}"),)
-        self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-        self.task = self.progress.add_task("", total=1.0, left="")
 
-    def __enter__(self) -> "Overview":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def update(self, running: list[Run]) -> None:
+    def show(self, running: list[Run]) -> None:
         names = ", ".join(f"{run.name} {steps_done(run)}/{run.variant.steps}" for run in running)
-        description = f"{len(self.ended)}/{len(self.runs)} runs │ {names}"
-        share = self.share(running)
-        self.progress.update(self.task, description=description, completed=share, left=self.time_left(share))
+        description, share = f"{len(self.ended)}/{len(self.runs)} runs │ {names}", self.share(running)
+        self.update(self.bar, description=description, completed=share, left=self.time_left(share))
 
     def end(self, run: Run) -> None:
         """Print how the run ended."""
@@ -172,12 +155,12 @@ class Overview:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def share(self, running: list[Run]) -> float:
-        """Of all that this call has to compute, what is done."""
+        """What is done of the FLOPs that this call has to spend."""
         done = sum(map(self.flops, self.ended)) + sum(self.flops(run, steps_done(run)) for run in running)
         return done / sum(map(self.flops, self.runs))
 
     def flops(self, run: Run, steps: float | None = None) -> float:
-        """Of the run's steps in this call, up to `steps`; by default to its end, and 5 % for its last validation."""
+        """Of the run's steps in this call, up to `steps`; else of all, with 5 % for the last validation."""
         steps = 1.05 * run.variant.steps if steps is None else steps
         return run.variant.training_flops() * max(0, steps - self.steps_before[run.name]) / run.variant.steps
 

@@ -27,10 +27,9 @@ DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}  # b
 
 
 def measure(matrix: Matrix, runs: list[Run], cache: Path) -> dict[str, dict[str, float]]:
-    """Speed of one trained model of each variant against the reference's, by variant; that against itself shows the
-    noise. None where the reference has no trained model.
+    """By variant: one of its trained models against the reference's; that against itself shows the noise.
 
-    Reads `cache` where it holds timings of the same runs, by the same code on the same machine; writes it otherwise.
+    Reads `cache` where it holds the same runs, timed by the same code on the same machine; else writes it.
     """
     trained: dict[str, Run] = {}
     for run in runs:
@@ -40,9 +39,8 @@ def measure(matrix: Matrix, runs: list[Run], cache: Path) -> dict[str, dict[str,
     if (reference := trained.get(matrix.reference.name)) is None:
         return {}
     device = best_device(matrix.reference)
-    hashes = {
-        run.name: hashlib.sha256((run.folder / "result.json").read_bytes()).hexdigest() for run in trained.values()
-    }
+    contents = {run.name: (run.folder / "result.json").read_bytes() for run in trained.values()}
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     key = {"device": device_name(device), **provenance(), "runs": hashes}
     if cache.is_file() and (saved := json.loads(cache.read_text()))["key"] == key:
         return saved["speeds"]
@@ -63,9 +61,9 @@ def measure(matrix: Matrix, runs: list[Run], cache: Path) -> dict[str, dict[str,
 
 
 def compare(run: Run, reference: Run, device: torch.device) -> dict[str, float]:
-    """Ratios of the reference's times to the run's, in columns; `speed_tokens_per_second` is still the reference's.
+    """Ratios of the reference's times to the run's; `speed_tokens_per_second` is still the reference's.
 
-    `expert_forward` is of FFN and zero-computation experts alone, given the routing.
+    Expert forward is of FFN and zero-computation experts alone, given the routing.
     """
     models = [trained_model(run, device), trained_model(reference, device)]
     steps = in_turn([model.training_step for model in models], device)
