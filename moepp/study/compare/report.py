@@ -42,7 +42,7 @@ def write(matrix: Matrix, runs: list[Run], out: Path, command: str) -> int:
 def draw(results: Results, folder: Path) -> list[str]:
     """Draw what there is data for. Returns the names of these plots."""
     drawn = []
-    for plot in PLOTS:
+    for plot in PLOTS if len(results.variants) else ():
         with plt.rc_context(STYLE):
             if (figure := plot(results)) is not None:
                 save(figure, folder / f"{plot.__name__}.png")

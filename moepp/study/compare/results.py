@@ -67,7 +67,7 @@ def read_results(matrix: Matrix, runs: list[Run], speeds: dict[str, dict[str, fl
 
 
 def read_curve(run: Run) -> tuple[pd.DataFrame, float]:
-    """Validation `loss` by step, with `tokens` and `flops` (as measured) of training by then; and the FLOPs in all.
+    """Validation `loss` by step, with `tokens` and `flops` (as measured) of training by then; the FLOPs in all.
 
     Raises:
         InputError: metrics.csv cannot be read or holds no training step.
