@@ -16,10 +16,7 @@ LEGEND = "mean over seeds and 95 % interval;\nblue or orange where it excludes z
 
 def curves(results: Results) -> plt.Figure | None:
     """Validation loss against tokens and against training FLOPs: the mean over seeds, ± s.d. as a band."""
-    by_variant = {
-        name: pd.concat([curve for (variant, _), curve in results.curves.items() if variant == name])
-        for name in results.shown_in("curves").index
-    }
+    by_variant = {name: pd.concat(results.curves[name].values()) for name in results.shown_in("curves").index}
     by_variant = {name: curve for name, curve in by_variant.items() if curve.index.nunique() > 1}
     if not by_variant:
         return None

@@ -17,7 +17,7 @@ from moepp.training.metrics import BITS, FFN, FFN_PER_TOKEN, FINAL, LOSS, STEP, 
 
 PAIRED = ("", "_low", "_high", "_p", "_verdict")  # of a difference's columns, what stands after `_difference`
 REFERENCE = "reference"  # its own verdict
-Curves = dict[tuple[str, int], pd.DataFrame]  # by variant and seed, see `read_curve`
+Curves = dict[int, pd.DataFrame]  # of a variant's runs by seed, see `read_curve`
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,16 @@ class Results:
     """Of a study.
 
     Args:
+        curves: by variant, of its finished runs.
         runs: by (variant, seed): all of result.json, and `training_flops`.
-        curves: of the same runs.
         variants: by name, of those with a finished run, in the matrix's order. The columns that begin with `speed`
             are timings, and stand empty or are missing where there are none; all others are the same on every
             repetition.
     """
 
     matrix: Matrix
+    curves: dict[str, Curves]
     runs: pd.DataFrame
-    curves: Curves
     variants: pd.DataFrame
 
     @property
@@ -51,19 +51,19 @@ class Results:
 def read_results(matrix: Matrix, runs: list[Run], speeds: dict[str, dict[str, float]]) -> Results:
     """What the finished ones of `runs` left in their folders, compared; with what was timed, by variant."""
     finished = [run for variant in matrix.variants for run in runs if run.variant is variant and run.finished]
-    curves: Curves = {}
+    curves: dict[str, Curves] = {variant.name: {} for variant in matrix.variants}
     rows = []
     for run in finished:
-        curves[run.variant.name, run.seed], flops = read_curve(run)
+        curves[run.variant.name][run.seed], flops = read_curve(run)
         rows.append({"training_flops": flops, **json.loads((run.folder / "result.json").read_text())})
-    by_run = pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(list(curves), names=["variant", "seed"]))
-    names = by_run.index.unique("variant")
+    keys = [(run.variant.name, run.seed) for run in finished]
+    by_run = pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(keys, names=["variant", "seed"]))
     rows = [
         compare(variant, matrix.reference, by_run, curves, speeds.get(variant.name, {}))
         for variant in matrix.variants
-        if variant.name in names
+        if curves[variant.name]
     ]
-    return Results(matrix, by_run, curves, pd.DataFrame(rows, index=names))
+    return Results(matrix, curves, by_run, pd.DataFrame(rows, index=by_run.index.unique("variant")))
 
 
 def read_curve(run: Run) -> tuple[pd.DataFrame, float]:
@@ -93,17 +93,14 @@ def read_curve(run: Run) -> tuple[pd.DataFrame, float]:
 
 
 def compare(
-    variant: Variant, reference: Variant, runs: pd.DataFrame, curves: Curves, speed: dict[str, float]
+    variant: Variant, reference: Variant, runs: pd.DataFrame, curves: dict[str, Curves], speed: dict[str, float]
 ) -> dict[str, Any]:
     """A variant's row, with `speed` as it was timed."""
     names = runs.index.get_level_values("variant")
     ours, theirs = (runs[names == side.name].droplevel("variant") for side in (variant, reference))
     if variant is reference:
         theirs = theirs[:0]  # nothing to compare it with
-    equal = at_equal_flops(
-        {seed: curves[variant.name, seed] for seed in ours.index},
-        {seed: curves[reference.name, seed] for seed in theirs.index},
-    )
+    equal = at_equal_flops(curves[variant.name], curves[reference.name] if len(theirs) else {})
     parameters = count_parameters(variant.transformer, variant.moe)
     ffn, ffn_expected = ours[FINAL + FFN].mean(), variant.moe.expected_ffn_per_token
     ideal_flops = ffn_flops(reference.transformer, reference.moe.expected_ffn_per_token)
@@ -137,7 +134,7 @@ def compare(
     return row
 
 
-def at_equal_flops(ours: dict[int, pd.DataFrame], theirs: dict[int, pd.DataFrame]) -> pd.DataFrame:
+def at_equal_flops(ours: Curves, theirs: Curves) -> pd.DataFrame:
     """By seed: the most FLOPs that both curves reached, and the loss of each there.
 
     Between two validations a loss is on the straight line; before the first one nothing is known.

@@ -87,9 +87,7 @@ def execute(runs: list[Run], workers: Workers) -> None:
     """Train them all. One that fails leaves failed.txt and does not keep the others back."""
     if not runs:
         return
-    waiting = deque(
-        (run, run.options) for run in runs
-    )  # resolved now: recipes may change while the first ones train
+    waiting = deque((run, run.options) for run in runs)  # resolved now: a recipe may change in the meantime
     busy: dict[int, tuple[Run, subprocess.Popen]] = {}  # by slot
     with Overview(runs) as overview:
         try:
