@@ -130,19 +130,18 @@ def read_matrix(path: Path) -> dict[str, Any]:
         require_type(value, TYPES[key], f"{path}: {key}")
     if matrix.get("reference") not in matrix["variants"]:
         raise InputError(f"{path}: its reference {matrix.get('reference')!r} is none of its variants")
-    for name, variant in matrix["variants"].items():
-        if not isinstance(variant, dict | None) or not isinstance(name, str) or not is_file_name(name):
+    for name, entry in matrix["variants"].items():
+        if not isinstance(entry, dict | None) or not isinstance(name, str) or not is_file_name(name):
             raise InputError(f"{path}: variant {name!r}: is no name with a mapping of options")
-        variant = variant or {}
-        for plot in require_type(variant.get("plots", []), list, f"{path}: variant {name}: plots"):
+        entry, where = entry or {}, f"{path}: variant {name}:"
+        for plot in require_type(entry.get("plots", []), list, f"{where} plots"):
             if plot not in PLOTS:
-                raise InputError(f"{path}: variant {name}: no plot {plot!r}: use {', '.join(PLOTS)}")
-        if require_type(variant.get("ffn_width", 1), int, f"{path}: variant {name}: ffn_width") < 1:
-            raise InputError(f"{path}: variant {name}: ffn_width: must be at least 1")
-        paper = require_type(variant.get("paper", {}), dict, f"{path}: variant {name}: paper")
-        for quantity, figures in paper.items():
-            for figure in require_type(figures, dict, f"{path}: variant {name}: paper.{quantity}").values():
-                require_type(figure, (int, float), f"{path}: variant {name}: paper.{quantity}")
+                raise InputError(f"{where} no plot {plot!r}: use {', '.join(PLOTS)}")
+        if require_type(entry.get("ffn_width", 1), int, f"{where} ffn_width") < 1:
+            raise InputError(f"{where} ffn_width: must be at least 1")
+        for quantity, figures in require_type(entry.get("paper", {}), dict, f"{where} paper").items():
+            for figure in require_type(figures, dict, f"{where} paper.{quantity}").values():
+                require_type(figure, (int, float), f"{where} paper.{quantity}")
     return matrix
 
 

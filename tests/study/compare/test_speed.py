@@ -1,4 +1,4 @@
-"""What is timed: the step that training takes, in its precision; and timed again when anything about it changes."""
+"""What is timed: the step that training takes, in its precision; and anew when anything about it has changed."""
 
 import json
 from pathlib import Path
