@@ -25,9 +25,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from moepp.model import InputError
-from moepp.study.compare import plots
 from moepp.system.machine import keep_freed_memory, quiet_lightning
-from tests.bench import layers, results, steps
+from tests.bench import layers, plots, results, steps
 from tests.bench.peers import NotEqual
 from tests.bench.setting import SIZES, Row, Setting
 

@@ -1,95 +1,166 @@
-"""What finished runs left in their folders: the final metrics and the validation curve."""
+"""What a study found, in two frames: a row per finished run, and a row per variant with all that is said of it.
 
-import csv
+The report, its CSVs and its plots show these numbers and compute none.
+"""
+
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from moepp.model import InputError, flops_per_token
-from moepp.study.compare.matrix import Run
+from moepp.model import InputError, TransformerConfig, count_parameters
+from moepp.study.compare.matrix import Matrix, Run, Variant
+from moepp.study.compare.stats import paired
+from moepp.training.metrics import BITS, FFN, FFN_PER_TOKEN, FINAL, LOSS, STEP, TOKENS, VAL
 
-
-@dataclass(frozen=True)
-class Curve:
-    """Validation loss in the course of one run; all arrays have one entry for each validation."""
-
-    tokens: np.ndarray  # trained on so far
-    flops: np.ndarray  # spent so far on training steps, with the FFN experts per token as measured
-    loss: np.ndarray  # nats per token
-
-    def at_flops(self, flops: float) -> float:
-        """The loss where `flops` were spent, between two validations on the straight line."""
-        return float(np.interp(flops, self.flops, self.loss))
+PAIRED = ("", "_low", "_high", "_p", "_verdict")  # of a difference's columns, what stands after `_difference`
+REFERENCE = "reference"  # its own verdict
+Curves = dict[int, pd.DataFrame]  # of a variant's runs by seed, see `read_curve`
 
 
 @dataclass(frozen=True)
-class Result:
-    """One finished run."""
+class Results:
+    """Of a study.
 
-    run: Run
-    final: dict[str, Any]  # result.json
-    curve: Curve
-    flops: float  # of all training steps, as measured
+    Args:
+        curves: by variant, of its finished runs.
+        runs: by (variant, seed): all of result.json, and `training_flops`.
+        variants: by name, of those with a finished run, in the matrix's order. The columns that begin with `speed`
+            are timings, and stand empty or are missing where there are none; all others are the same on every
+            repetition.
+    """
+
+    matrix: Matrix
+    curves: dict[str, Curves]
+    runs: pd.DataFrame
+    variants: pd.DataFrame
 
     @property
-    def domains(self) -> dict[str, float]:
-        """Bits per byte by domain."""
-        prefix = "final/bits_per_byte/"
-        return {name.removeprefix(prefix): v for name, v in self.final.items() if name.startswith(prefix)}
+    def rows(self) -> list[dict[str, Any]]:
+        """Of `variants`, with the name as column `variant`."""
+        return self.variants.reset_index().to_dict("records")
+
+    def shown_in(self, plot: str) -> pd.DataFrame:
+        """The variants that belong in a plot."""
+        names = [variant.name for variant in self.matrix.variants if plot in variant.plots]
+        return self.variants[self.variants.index.isin(names)]
 
 
-def read_result(run: Run) -> Result:
-    """The result of a finished run.
+def read_results(matrix: Matrix, runs: list[Run], speeds: dict[str, dict[str, float]]) -> Results:
+    """What the finished ones of `runs` left in their folders, compared; with what was timed, by variant."""
+    finished = [run for variant in matrix.variants for run in runs if run.variant is variant and run.finished]
+    curves: dict[str, Curves] = {variant.name: {} for variant in matrix.variants}
+    rows = []
+    for run in finished:
+        curves[run.variant.name][run.seed], flops = read_curve(run)
+        rows.append({"training_flops": flops, **json.loads((run.folder / "result.json").read_text())})
+    keys = [(run.variant.name, run.seed) for run in finished]
+    by_run = pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(keys, names=["variant", "seed"]))
+    rows = [
+        compare(variant, matrix.reference, by_run, curves, speeds.get(variant.name, {}))
+        for variant in matrix.variants
+        if curves[variant.name]
+    ]
+    return Results(matrix, curves, by_run, pd.DataFrame(rows, index=by_run.index.unique("variant")))
+
+
+def read_curve(run: Run) -> tuple[pd.DataFrame, float]:
+    """Validation `loss` by step, with `tokens` and `flops` (as measured) of training by then; the FLOPs in all.
 
     Raises:
-        InputError: its metrics.csv is missing or holds no training step.
+        InputError: metrics.csv cannot be read or holds no training step.
     """
     path = run.folder / "metrics.csv"
-    if not path.is_file():
-        raise InputError(f"{path}: is missing; remove {run.folder} to train it again")
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-
-    def column(name: str, wanted: Callable[[dict[str, str]], bool]) -> np.ndarray:
-        return np.array([float(row[name]) for row in rows if wanted(row)])
-
-    def trained(row: dict[str, str]) -> bool:
-        return bool(row.get("train/tokens"))
-
-    def validated(row: dict[str, str]) -> bool:
-        return bool(row.get("val/loss"))
-
-    steps, tokens = column("step", trained), column("train/tokens", trained)
-    if len(steps) == 0:
+    try:
+        log = pd.read_csv(path, float_precision="round_trip")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: is missing or damaged; remove {run.folder} to train it again") from error
+    log = log.reindex(columns=[STEP, TOKENS, FFN_PER_TOKEN, VAL + LOSS])
+    trained, validated = log.dropna(subset=TOKENS), log.dropna(subset=VAL + LOSS)
+    if trained.empty:
         raise InputError(f"{path}: has no training step; remove {run.folder} to train it again")
-    variant = run.variant
-    seq_len = variant.options["data"]["seq_len"]
-    per_token = [
-        3 * flops_per_token(variant.transformer, variant.moe, seq_len, ffn)
-        for ffn in column("routing/ffn_per_token", trained)
-    ]
-    flops = np.cumsum(np.diff(tokens, prepend=0) * np.array(per_token))
-    val_steps = column("step", validated)
-    curve = Curve(
-        tokens=np.interp(val_steps, [0, *steps], [0, *tokens]),
-        flops=np.interp(val_steps, [0, *steps], [0, *flops]),
-        loss=column("val/loss", validated),
-    )
-    return Result(run, json.loads((run.folder / "result.json").read_text()), curve, float(flops[-1]))
+    per_token = run.variant.training_flops_per_token(trained[FFN_PER_TOKEN])
+    flops = (np.diff(trained[TOKENS], prepend=0) * per_token).cumsum()
+    at, steps = validated[STEP], [0, *trained[STEP]]
+    columns = {
+        "tokens": np.interp(at, steps, [0, *trained[TOKENS]]),
+        "flops": np.interp(at, steps, [0, *flops]),
+        "loss": validated[VAL + LOSS].to_numpy(),
+    }
+    return pd.DataFrame(columns, index=pd.Index(at, name="step")), float(flops.iloc[-1])
 
 
-def at_equal_flops(
-    variant: dict[int, Result], reference: dict[int, Result]
-) -> dict[int, tuple[float, float, float]]:
-    """By seed: the most FLOPs that both runs reached, and the validation loss of each there."""
+def compare(
+    variant: Variant, reference: Variant, runs: pd.DataFrame, curves: dict[str, Curves], speed: dict[str, float]
+) -> dict[str, Any]:
+    """A variant's row, with `speed` as it was timed."""
+    names = runs.index.get_level_values("variant")
+    ours, theirs = (runs[names == side.name].droplevel("variant") for side in (variant, reference))
+    if variant is reference:
+        theirs = theirs[:0]  # nothing to compare it with
+    equal = at_equal_flops(curves[variant.name], curves[reference.name] if len(theirs) else {})
+    parameters = count_parameters(variant.transformer, variant.moe)
+    ffn, ffn_expected = ours[FINAL + FFN].mean(), variant.moe.expected_ffn_per_token
+    ideal_flops = ffn_flops(reference.transformer, reference.moe.expected_ffn_per_token)
+    row = {
+        "seeds": len(ours),
+        "parameters": parameters.total,
+        "active_parameters_per_token": round(parameters.active(ffn)),
+        "ffn_experts_per_token": ffn,
+        "ffn_experts_per_token_expected": ffn_expected,
+        "ffn_flops_per_token": ffn_flops(variant.transformer, ffn),
+        "training_tokens": variant.tokens,
+        "training_flops": ours["training_flops"].mean(),
+        **mean_sd(ours, LOSS),
+        **mean_sd(ours, BITS),
+        **difference(LOSS, ours[FINAL + LOSS], theirs[FINAL + LOSS]),
+        **difference(BITS, ours[FINAL + BITS], theirs[FINAL + BITS]),
+        **equal.mean(),
+        **difference("equal_flops_loss", equal["equal_flops_loss"], equal["equal_flops_reference_loss"]),
+        "speedup_ideal": ideal_flops / ffn_flops(variant.transformer, ffn_expected),
+        "speed_rounds": 0,
+        **speed,
+        "tau": variant.moe.tau,
+        "n_const": variant.moe.n_const,
+    }
+    for name in ours.filter(like=f"{FINAL}{BITS}/"):
+        row |= mean_sd(ours, BITS, name.removeprefix(FINAL + BITS))
+    for quantity, values in variant.paper.items():
+        row |= {f"paper_{quantity}/{size}": value for size, value in values.items()}
+    if variant is reference:
+        row["loss_difference_verdict"] = REFERENCE
+    return row
+
+
+def at_equal_flops(ours: Curves, theirs: Curves) -> pd.DataFrame:
+    """By seed: the most FLOPs that both curves reached, and the loss of each there.
+
+    Between two validations a loss is on the straight line; before the first one nothing is known.
+    """
+    columns = ["equal_flops", "equal_flops_loss", "equal_flops_reference_loss"]
     found = {}
-    for seed in variant.keys() & reference.keys():
-        ours, theirs = variant[seed].curve, reference[seed].curve
-        if len(ours.flops) and len(theirs.flops):
-            budget = min(ours.flops[-1], theirs.flops[-1])
-            if budget >= max(ours.flops[0], theirs.flops[0]):  # before the first validation nothing is known
-                found[seed] = (float(budget), ours.at_flops(budget), theirs.at_flops(budget))
-    return found
+    for seed in ours.keys() & theirs.keys():
+        pair = ours[seed], theirs[seed]
+        if any(curve.empty for curve in pair):
+            continue
+        flops = min(curve.flops.iloc[-1] for curve in pair)
+        if flops >= max(curve.flops.iloc[0] for curve in pair):
+            found[seed] = [flops, *(np.interp(flops, curve.flops, curve.loss) for curve in pair)]
+    return pd.DataFrame.from_dict(found, orient="index", columns=columns, dtype=float)
+
+
+def ffn_flops(transformer: TransformerConfig, ffn_per_token: float) -> float:
+    """Of the FFN experts, per token, forward."""
+    return transformer.n_layers * ffn_per_token * 6 * transformer.hidden_size * transformer.intermediate_size
+
+
+def mean_sd(runs: pd.DataFrame, metric: str, domain: str = "") -> dict[str, float]:
+    """Over seeds; the sample standard deviation is NaN below two."""
+    values = runs[FINAL + metric + domain]
+    return {f"{metric}_mean{domain}": values.mean(), f"{metric}_sd{domain}": values.std()}
+
+
+def difference(name: str, ours: pd.Series, theirs: pd.Series) -> dict[str, Any]:
+    return dict(zip((f"{name}_difference{part}" for part in PAIRED), paired(ours, theirs), strict=True))

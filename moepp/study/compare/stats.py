@@ -2,57 +2,38 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
+import pandas as pd
 from scipy import stats
 
 CONFIDENCE = 0.95
 
 
-@dataclass(frozen=True)
-class Paired:
-    """Variant minus reference over `n` common seeds, of something of which less is better.
+class Paired(NamedTuple):
+    """Variant minus reference over common seeds, of something of which less is better.
 
     `low` and `high` bound the mean at 95 % confidence (t-distribution), `p` is of the paired t-test, two-sided.
-    All three are NaN below two seeds.
+    All three are NaN below two seeds. `verdict` is a word for it, one that takes sides only where the interval
+    excludes zero.
     """
 
-    n: int
     mean: float
     low: float = math.nan
     high: float = math.nan
     p: float = math.nan
-
-    @property
-    def verdict(self) -> str:
-        """A word for it; one that takes sides only where the interval excludes zero."""
-        if self.n < 2:
-            return "no interval: needs 2 seeds or more"
-        if self.high < 0:
-            return "better"
-        return "worse" if self.low > 0 else "no difference shown"
+    verdict: str = "no interval: needs 2 seeds or more"
 
 
-def paired(variant: Mapping[int, float], reference: Mapping[int, float]) -> Paired:
-    """Compares by seed; a seed that only one of them has is left out."""
-    seeds = sorted(variant.keys() & reference.keys())
-    if not seeds:
-        return Paired(0, math.nan)
-    ours, theirs = (np.array([side[seed] for seed in seeds]) for side in (variant, reference))
+def paired(variant: pd.Series, reference: pd.Series) -> Paired:
+    """Compares by seed, the index of both; a seed that only one of them has is left out."""
+    ours, theirs = variant.align(reference, join="inner")
     mean = float((ours - theirs).mean())
-    if len(seeds) < 2:
-        return Paired(1, mean)
+    if len(ours) < 2:
+        return Paired(mean)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # scipy warns where all differences are the same
         test = stats.ttest_rel(ours, theirs)
-        interval = test.confidence_interval(CONFIDENCE)
-    return Paired(len(seeds), mean, float(interval.low), float(interval.high), float(test.pvalue))
-
-
-def mean_sd(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation; the latter is NaN below two values."""
-    if len(values) == 0:
-        return math.nan, math.nan
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+        low, high = map(float, test.confidence_interval(CONFIDENCE))
+    verdict = "better" if high < 0 else "worse" if low > 0 else "no difference shown"
+    return Paired(mean, low, high, float(test.pvalue), verdict)

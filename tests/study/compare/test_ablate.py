@@ -16,8 +16,9 @@ import yaml
 
 from moepp.cli import main
 from moepp.model import InputError
-from moepp.study.compare.ablate import Workers, locked, steps_done
-from moepp.study.compare.matrix import Run, read_matrix, resolve
+from moepp.study.compare.ablate import locked
+from moepp.study.compare.matrix import Matrix, Run, read_matrix, resolve
+from moepp.study.compare.runs import Workers, steps_done, visible_gpus
 from tests.conftest import RECIPES, tiny
 
 STEPS = 40
@@ -185,7 +186,7 @@ def test_a_failing_run_is_reported_and_the_rest_goes_on(
     write_matrix(study, MATRIX | {"variants": broken | MATRIX["variants"]})
     results = {path: path.stat().st_mtime_ns for path in study.glob("runs/m/*/seed0/result.json")}
     script = "import sys; print('begun'); print('the disk is', 'full\\n\\n'); sys.exit(3)"
-    monkeypatch.setattr("moepp.study.compare.ablate.FIT", [sys.executable, "-c", script])
+    monkeypatch.setattr("moepp.study.compare.runs.FIT", [sys.executable, "-c", script])
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--jobs=1"])
     assert stopped.value.code == 1
@@ -196,6 +197,17 @@ def test_a_failing_run_is_reported_and_the_rest_goes_on(
     assert "needs 2 seeds" in text
     assert "broken3/seed0 failed: exit code 3: the disk is full" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in results} == results
+
+
+def test_a_study_whose_runs_all_fail_says_so(
+    study: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moepp.study.compare.runs.FIT", [sys.executable, "-c", "import sys; sys.exit(3)"])
+    with pytest.raises(SystemExit):
+        main([*command, "--out=elsewhere"])
+    text = (study / "elsewhere/report/report.md").read_text()
+    assert "- moepp/seed0: exit code 3: it printed nothing\n" in text
+    assert text.endswith("No run has finished.\n")
 
 
 def test_changed_options_are_refused(study: Path, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,25 +258,65 @@ def test_a_run_that_outlives_its_study_keeps_the_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_each_job_gets_its_gpu_or_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    two = Workers(2, True, sys.stdin)
-    assert [two.environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["0", "1"]
+def test_each_job_gets_its_gpus_or_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    n_gpus(monkeypatch, 2)
+    two = Workers(2, 1, visible_gpus(compare_matrix()), sys.stdin)
+    assert [two.environment(1, slot)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
-    assert two.environment(1)["CUDA_VISIBLE_DEVICES"] == "3"
+    two = Workers(2, 1, visible_gpus(compare_matrix()), sys.stdin)
+    assert two.environment(1, 1)["CUDA_VISIBLE_DEVICES"] == "3"
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr("os.cpu_count", lambda: 6)
-    assert Workers(2, False, sys.stdin).environment(0)["OMP_NUM_THREADS"] == "3"
+    assert Workers(2, 1, [], sys.stdin).environment(1, 0)["OMP_NUM_THREADS"] == "3"
+    assert Workers(2, 3, [], sys.stdin).environment(3, 0)["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_run_of_several_devices_gets_as_many_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    n_gpus(monkeypatch, 5)
+    matrix = compare_matrix("--trainer.devices=2")
+    workers = Workers(2, matrix.devices, visible_gpus(matrix), sys.stdin)
+    assert [workers.environment(2, slot)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["0,1", "2,3"]
+    assert workers.environment(1, 1)["CUDA_VISIBLE_DEVICES"] == "2"  # a variant that takes fewer
+
+
+def test_as_many_jobs_as_there_are_gpus_for(
+    study: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_gpus(monkeypatch, 5)
+    given: list[Workers] = []
+    monkeypatch.setattr("moepp.study.compare.ablate.execute", lambda runs, workers: given.append(workers))
+    monkeypatch.setattr("moepp.study.compare.report.write", lambda *args, **kwargs: 0)
+    on_gpus = [option for option in command if not option.startswith(("--jobs", "--trainer.accelerator"))]
+    assert main([*on_gpus, "--trainer.devices=2", "--out=elsewhere"]) == 0
+    assert main([*on_gpus, "--trainer.devices=2", "--out=elsewhere", "--jobs=1"]) == 0
+    assert [(workers.jobs, workers.devices) for workers in given] == [(2, 2), (1, 2)]
+
+
+def test_more_devices_than_gpus_are_refused(
+    study: Path, command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_gpus(monkeypatch, 2)
+    options = [option for option in command if not option.startswith("--trainer.accelerator")]
+    assert main([*options, "--trainer.devices=3", "--out=elsewhere"]) == 2
+    error = capsys.readouterr().err
+    assert "trainer.devices: 3 for a run, and there are 2 GPUs" in error
+    assert error.count("\n") == 1
+    assert not Path("elsewhere").exists()
+
+
+def n_gpus(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: n)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 def test_steps_done_reads_whole_lines_alone(tmp_path: Path) -> None:
-    run = Run(resolve_reference(), 0, tmp_path)
+    run = Run(compare_matrix().reference, 0, tmp_path)
     assert steps_done(run) == 0
     (tmp_path / "metrics.csv").write_text("step,train/loss\n10,5.0\n20,4.0\n30")
     assert steps_done(run) == 20
 
 
-def resolve_reference():  # type: ignore[no-untyped-def]
+def compare_matrix(*overrides: str) -> Matrix:
     path = RECIPES / "compare.yaml"
-    return resolve(path, read_matrix(path), RECIPES / "moepp.yaml", []).reference
+    return resolve(path, read_matrix(path), RECIPES / "moepp.yaml", list(overrides))

@@ -107,6 +107,7 @@ def test_tokens_of_all_devices_are_counted() -> None:
         ({"base": "nothing.yaml"}, "nothing.yaml does not exist"),
         ({"variants": {"a": {"trainer": {"default_root_dir": "x"}}}}, "trainer.default_root_dir: .* its own"),
         ({"variants": {"a": {"trainer": {"devices": [0, 1]}}}}, "trainer.devices: .* number of devices"),
+        ({"variants": {"a": {"trainer": {"devices": 0}}}}, "trainer.devices: .* number of devices, got 0"),
         ({"variants": {"a": {"trainer": {"max_steps": -1}}}}, "trainer.max_steps: .* number of steps"),
     ],
 )

@@ -1,15 +1,15 @@
 """Curves, FLOPs and verdicts from run folders written by hand."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
+from moepp.model import InputError
 from moepp.study.compare.matrix import Matrix, Run, Variant
-from moepp.study.compare.report import Row, markdown, quality_cells, read_rows
-from moepp.study.compare.results import at_equal_flops, read_result
-from moepp.study.compare.speed import ratio
-from moepp.study.timing import in_turn
+from moepp.study.compare.report import markdown
+from moepp.study.compare.results import Results, at_equal_flops, read_curve, read_results
 
 # D = 4, H = 8, L = 1, V = 320, S = 6, one head; F FFN experts and no others
 SIZES = {"n_layers": 1, "hidden_size": 4, "intermediate_size": 8, "n_heads": 1, "context_length": 6}
@@ -19,7 +19,8 @@ VANILLA = {"n_ffn": 2, "n_zero": 0, "n_copy": 0, "n_const": 0, "gating_residual"
 def variant(name: str, moe: dict) -> Variant:
     data = {"path": "x.txt", "vocab_size": 320, "seq_len": 6, "batch_size": 5}
     trainer = {"max_steps": 4, "accumulate_grad_batches": 1, "devices": 1}
-    return Variant(name, {"model": {"transformer": SIZES, "moe": moe}, "data": data, "trainer": trainer})
+    options = {"model": {"transformer": SIZES, "moe": moe}, "data": data, "trainer": trainer}
+    return Variant(name, lambda seed: options)
 
 
 def write_run(run: Run, final_loss: float, ffn: float, losses: tuple[float, float]) -> Run:
@@ -39,37 +40,64 @@ def test_flops_by_hand(tmp_path: Path) -> None:
     """Per token: projections 4·4·4·2 = 128, attention 2·2·4·3 = 48, router 2·2·4 = 16, one FFN expert
     2·3·4·8 = 192, head 2·4·320 = 2560; three times as many in training."""
     run = write_run(Run(variant("a", VANILLA), 0, tmp_path / "a"), 5.0, 1.5, (6.0, 5.0))
-    result = read_result(run)
+    curve, flops = read_curve(run)
     per_token = 3 * (128 + 48 + 16 + 1.5 * 192 + 2560)
-    assert list(result.curve.flops) == pytest.approx([60 * per_token, 120 * per_token])
-    assert list(result.curve.tokens) == [60, 120]
-    assert result.flops == pytest.approx(120 * per_token)
+    assert list(curve.index) == [2, 4]
+    assert list(curve.flops) == pytest.approx([60 * per_token, 120 * per_token])
+    assert list(curve.tokens) == [60, 120]
+    assert list(curve.loss) == [6.0, 5.0]
+    assert flops == pytest.approx(120 * per_token)
     assert run.variant.tokens == 120
-    assert run.variant.training_flops(1.5) == pytest.approx(result.flops)
+    assert run.variant.tokens * run.variant.training_flops_per_token(1.5) == pytest.approx(flops)
+    assert run.variant.training_flops() == pytest.approx(120 * (per_token + 3 * 0.5 * 192))  # K = 2
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "is missing or damaged"),
+        ("", "is missing or damaged"),
+        ("step,val/loss\n2,5.0\n", "has no training step"),
+    ],
+)
+def test_a_run_without_its_metrics_is_named(tmp_path: Path, content: str | None, words: str) -> None:
+    run = write_run(Run(variant("a", VANILLA), 0, tmp_path / "a"), 5.0, 1.5, (6.0, 5.0))
+    path = run.folder / "metrics.csv"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(InputError, match=f"metrics.csv: {words}; remove .*/a to train it again"):
+        read_curve(run)
 
 
 def test_equal_flops_reads_both_curves_at_the_cheaper_ones_end(tmp_path: Path) -> None:
-    dear = read_result(write_run(Run(variant("dear", VANILLA), 0, tmp_path / "d"), 5.0, 2.0, (6.0, 4.0)))
-    cheap = read_result(write_run(Run(variant("cheap", VANILLA), 0, tmp_path / "c"), 5.0, 1.0, (6.5, 4.5)))
-    ((budget, ours, theirs),) = at_equal_flops({0: cheap}, {0: dear}).values()
+    dear, _ = read_curve(write_run(Run(variant("dear", VANILLA), 0, tmp_path / "d"), 5.0, 2.0, (6.0, 4.0)))
+    cheap, _ = read_curve(write_run(Run(variant("cheap", VANILLA), 0, tmp_path / "c"), 5.0, 1.0, (6.5, 4.5)))
+    ((budget, ours, theirs),) = at_equal_flops({0: cheap}, {0: dear}).to_numpy()
     assert budget == pytest.approx(120 * 3 * (2752 + 192))
     assert ours == pytest.approx(4.5)
     # the dear one's curve falls by 2 between 60 and 120 tokens; it has afforded 120 · 2944 / 3136
     assert theirs == pytest.approx(6.0 - 2.0 * (120 * 2944 / 3136 - 60) / 60)
-    ((same_budget, *_),) = at_equal_flops({0: dear}, {0: cheap}).values()
+    ((same_budget, *_),) = at_equal_flops({0: dear}, {0: cheap}).to_numpy()
     assert same_budget == budget
-    assert at_equal_flops({0: cheap}, {1: dear}) == {}
+    assert at_equal_flops({0: cheap}, {1: dear}).empty
 
 
-def rows_of(tmp_path: Path, losses: dict[str, list[float]]) -> tuple[Matrix, list[Run], list[Row]]:
+def results_of(tmp_path: Path, losses: dict[str, list[float]]) -> tuple[Results, list[Run]]:
     variants = [variant(name, VANILLA) for name in losses]
     runs = [
         write_run(Run(v, seed, tmp_path / v.name / str(seed)), loss, 2.0, (loss + 1, loss))
         for v in variants
         for seed, loss in enumerate(losses[v.name])
     ]
-    matrix = Matrix(Path("m.yaml"), variants, variants[0], {})
-    return matrix, runs, read_rows(matrix, runs)
+    return read_results(Matrix(Path("m.yaml"), variants, variants[0], {}), runs, {}), runs
+
+
+def test_means_and_deviations_over_seeds(tmp_path: Path) -> None:
+    results, _ = results_of(tmp_path, {"vanilla": [1.0, 2.0, 6.0], "once": [5.0]})
+    loss = results.variants[["loss_mean", "loss_sd"]]
+    assert list(loss.loc["vanilla"]) == [3.0, pytest.approx(math.sqrt(7))]
+    assert loss.loc["once", "loss_mean"] == 5.0
+    assert math.isnan(loss.loc["once", "loss_sd"])
+    assert list(results.runs["final/loss"]) == [1.0, 2.0, 6.0, 5.0]
 
 
 def test_the_report_takes_sides_only_where_the_interval_excludes_zero(tmp_path: Path) -> None:
@@ -80,45 +108,22 @@ def test_the_report_takes_sides_only_where_the_interval_excludes_zero(tmp_path: 
         "unclear": [4.0, 5.2, 5.1],
         "once": [1.0],
     }
-    matrix, runs, rows = rows_of(tmp_path, losses)
-    verdicts = {row.variant.name: quality_cells(row)[7] for row in rows}
-    assert verdicts == {
+    results, runs = results_of(tmp_path, losses)
+    assert results.variants["loss_difference_verdict"].to_dict() == {
         "vanilla": "reference",
         "lower": "better",
         "higher": "worse",
         "unclear": "no difference shown",
         "once": "no interval: needs 2 seeds or more",
     }
-    text = markdown(matrix, rows, runs, [], {}, "moepp ablate")
+    text = markdown(results, runs, [], [], "moepp ablate")
     quality = text.split("## Quality at equal training FLOPs")[0]
     assert quality.count("better") == 1
-    assert "| vanilla | 3 | 5.1000 ± 0.1000 | 2.5500 ± 0.0500 |" in quality
+    assert "| vanilla | 3 | 5.1000 ± 0.1000 | 2.5500 ± 0.0500 |  |  |  | reference |" in quality
     # mean −0.28/3; the differences' s.d. is 0.01/√3, so the half interval 4.302653 · 0.01/3
     assert "| lower | 3 | 5.0067 ± 0.1050 | 2.5033 ± 0.0525 | -0.0933 | [-0.1077, -0.0790] |" in quality
+    assert "| once | 1 | 1.0000 | 0.5000 | -4.0000 | – | – | no interval" in quality
     assert "There are 3 comparisons" in quality
     assert "| prose |" in text
-
-
-def test_rounds_take_turns_and_their_ratio_is_reference_to_variant() -> None:
-    import time
-
-    import torch
-
-    calls: list[str] = []
-
-    def fast() -> None:
-        calls.append("fast")
-        time.sleep(0.002)
-
-    def slow() -> None:
-        calls.append("slow")
-        time.sleep(0.008)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moepp.study.timing.SECONDS", 0.0)
-        rounds = in_turn([fast, slow], torch.device("cpu"))
-    assert len(rounds) == 5
-    assert calls[:8] == ["slow", "fast", "fast", "slow", "slow", "fast", "fast", "slow"]
-    assert 2 < ratio(rounds).median < 6
-    by_hand = ratio([[1.0, 2.0], [1.0, 3.0], [2.0, 2.0], [1.0, 5.0], [1.0, 4.0]])
-    assert (by_hand.lower_quartile, by_hand.median, by_hand.upper_quartile) == (2.0, 3.0, 4.0)
+    assert "Not measured: vanilla has no finished run with a checkpoint." in text
+    assert "\n\n\n" not in text

@@ -2,9 +2,14 @@
 
 import math
 
+import pandas as pd
 import pytest
 
-from moepp.study.compare.stats import Paired, mean_sd, paired
+from moepp.study.compare.stats import Paired, paired
+
+
+def by_seed(losses: dict[int, float]) -> pd.Series:
+    return pd.Series(losses, dtype=float)
 
 
 def test_paired_interval_and_p_by_hand() -> None:
@@ -12,12 +17,9 @@ def test_paired_interval_and_p_by_hand() -> None:
 
     For two degrees of freedom the two-sided p of t is 1 − |t| / √(t² + 2).
     """
-    reference = {0: 3.0, 1: 3.5, 2: 2.0}
-    variant = {0: 2.9, 1: 3.3, 2: 1.7}
-    result = paired(variant, reference)
+    result = paired(by_seed({0: 2.9, 1: 3.3, 2: 1.7}), by_seed({0: 3.0, 1: 3.5, 2: 2.0}))
     half = 4.302653 * 0.1 / math.sqrt(3)
     t = 0.2 / (0.1 / math.sqrt(3))
-    assert result.n == 3
     assert result.mean == pytest.approx(-0.2)
     assert (result.low, result.high) == (
         pytest.approx(-0.2 - half, abs=1e-6),
@@ -29,37 +31,29 @@ def test_paired_interval_and_p_by_hand() -> None:
 
 
 def test_only_common_seeds_are_paired() -> None:
-    result = paired({0: 1.0, 1: 2.0, 7: 100.0}, {0: 2.0, 1: 4.0, 5: -100.0})
-    assert (result.n, result.mean) == (2, -1.5)
+    result = paired(by_seed({7: 100.0, 1: 2.0, 0: 1.0}), by_seed({0: 2.0, 1: 4.0, 5: -100.0}))
+    assert result.mean == -1.5
     # one degree of freedom: t(0.975, 1) = 12.7062, standard error 0.5
     assert result.high == pytest.approx(-1.5 + 12.7062 * 0.5, abs=1e-4)
 
 
-def test_no_interval_below_two_seeds() -> None:
-    one = paired({3: 1.0}, {3: 2.0})
-    assert (one.n, one.mean) == (1, -1.0)
-    assert math.isnan(one.low)
-    assert math.isnan(one.p)
-    assert "2 seeds" in one.verdict
-    none = paired({0: 1.0}, {1: 1.0})
-    assert none.n == 0
-    assert math.isnan(none.mean)
+@pytest.mark.parametrize(("seed", "mean"), [(3, -1.0), (4, math.nan)])
+def test_no_interval_below_two_seeds(seed: int, mean: float) -> None:
+    result = paired(by_seed({3: 1.0}), by_seed({seed: 2.0}))
+    assert result == pytest.approx((mean, math.nan, math.nan, math.nan, Paired(mean).verdict), nan_ok=True)
+    assert "2 seeds" in result.verdict
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "verdict"),
+    ("differences", "verdict"),
     [
-        (-0.3, -0.1, "better"),
-        (0.1, 0.3, "worse"),
-        (-0.1, 0.1, "no difference shown"),
-        (-0.1, 0.0, "no difference shown"),
+        ([-0.3, -0.2, -0.25], "better"),
+        ([0.3, 0.2, 0.25], "worse"),
+        ([-0.3, 0.2, 0.25], "no difference shown"),
+        ([0.0, 0.0, 0.0], "no difference shown"),
     ],
 )
-def test_words_need_an_interval_without_zero(low: float, high: float, verdict: str) -> None:
-    assert Paired(3, (low + high) / 2, low, high, 0.5).verdict == verdict
-
-
-def test_mean_sd() -> None:
-    assert mean_sd([1.0, 2.0, 6.0]) == (3.0, pytest.approx(math.sqrt(7)))
-    assert mean_sd([5.0])[0] == 5.0
-    assert math.isnan(mean_sd([5.0])[1])
+def test_words_need_an_interval_without_zero(differences: list[float], verdict: str) -> None:
+    result = paired(pd.Series(differences), pd.Series([0.0, 0.0, 0.0]))
+    assert result.verdict == verdict
+    assert (result.low > 0 or result.high < 0) == (verdict in ("better", "worse"))

@@ -1,0 +1,181 @@
+"""The runs of a study, trained: each in a process and a folder of its own, several at once."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import IO, Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress
+
+from moepp.model import InputError
+from moepp.study.compare.matrix import Matrix, Run
+from moepp.study.compare.speed import best_device
+from moepp.system.files import replacing
+from moepp.training.checkpoint import last_checkpoint, read_checkpoint, write_checkpoint
+
+FIT = [sys.executable, "-m", "moepp", "fit"]
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many runs at once, and what each gets of the machine."""
+
+    jobs: int
+    devices: int  # of the run that takes most
+    gpus: list[str]  # as CUDA_VISIBLE_DEVICES names them; empty: runs train on the CPU
+    lock: IO[str]  # an open file for the runs to inherit
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of one process. Threads that compete for a core cost far more than they bring."""
+        processes = 1 if self.gpus else self.jobs * self.devices
+        return int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // processes)))
+
+    def start(self, run: Run, options: dict[str, Any], slot: int) -> subprocess.Popen:
+        """`moepp fit` in a process group of its own; what it prints goes to output.log in its folder."""
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(run.folder / "options.yaml") as file:
+            file.write(yaml.safe_dump(options, sort_keys=False).encode())
+        (run.folder / "failed.txt").unlink(missing_ok=True)
+        command = [*FIT, "--config", str(run.folder / "options.yaml"), f"--trainer.default_root_dir={run.folder}"]
+        if (begun := last_checkpoint(run.folder)) is not None:
+            command.append(f"--ckpt_path={begun}")
+        with (run.folder / "output.log").open("a") as log:
+            return subprocess.Popen(
+                command,
+                env=os.environ | self.environment(run.variant.devices, slot),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=[self.lock.fileno()],
+            )
+
+    def environment(self, devices: int, slot: int) -> dict[str, str]:
+        """What shows a run its `devices` GPUs, or gives it its share of the cores."""
+        if not self.gpus:
+            return {"OMP_NUM_THREADS": str(self.threads)}
+        first = slot * self.devices
+        return {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus[(first + n) % len(self.gpus)] for n in range(devices))}
+
+
+def visible_gpus(matrix: Matrix) -> list[str]:
+    """The GPUs that the runs share, as CUDA_VISIBLE_DEVICES names them; none where they train on the CPU.
+
+    Raises:
+        InputError: a run takes more than there are.
+    """
+    if best_device(matrix.reference).type != "cuda":
+        return []
+    n_gpus = torch.cuda.device_count()
+    if matrix.devices > n_gpus:
+        raise InputError(f"trainer.devices: {matrix.devices} for a run, and there are {n_gpus} GPUs: take fewer")
+    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n_gpus)))
+    return names.split(",")[:n_gpus]
+
+
+def execute(runs: list[Run], workers: Workers) -> None:
+    """Train them all. One that fails leaves failed.txt and does not keep the others back."""
+    if not runs:
+        return
+    waiting = deque((run, run.options) for run in runs)  # resolved now: a recipe may change in the meantime
+    busy: dict[int, tuple[Run, subprocess.Popen]] = {}  # by slot
+    with Overview(runs) as overview:
+        try:
+            while waiting or busy:
+                for slot in range(workers.jobs):
+                    if slot not in busy and waiting:
+                        run, options = waiting.popleft()
+                        busy[slot] = run, workers.start(run, options, slot)
+                for slot, (run, process) in list(busy.items()):
+                    if process.poll() is not None:
+                        del busy[slot]
+                        keep_weights_alone(run) if run.finished else write_failure(run, process.returncode)
+                        overview.end(run)
+                overview.show([run for run, _ in busy.values()])
+                time.sleep(0.2)
+        finally:
+            for _, process in busy.values():
+                # nothing to be gentle about: a run survives being cut off at any moment
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def keep_weights_alone(run: Run) -> None:
+    """Of the last checkpoint, and no other: a third of its size."""
+    if (last := last_checkpoint(run.folder)) is not None:
+        checkpoint = read_checkpoint(last)
+        checkpoint.pop("optimizer_states", None)
+        write_checkpoint(last, checkpoint)
+        for other in set(last.parent.iterdir()) - {last}:
+            other.unlink()
+
+
+def write_failure(run: Run, exit_code: int) -> None:
+    """failed.txt: the exit code and the last line that the run printed."""
+    lines = (run.folder / "output.log").read_text(errors="replace").split("\n")
+    last_line = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+    (run.folder / "failed.txt").write_text(f"exit code {exit_code}: {last_line}\n")
+
+
+class Overview(Progress):
+    """One line for the whole study: a bar in a terminal, a printed line as each run ends elsewhere."""
+
+    def __init__(self, runs: list[Run]) -> None:
+        console = Console()
+        columns = ("{task.description}", BarColumn(), "{task.percentage:.0f} %", "{task.fields[left]}")
+        super().__init__(*columns, console=console, disable=not console.is_terminal)
+        self.bar = self.add_task("", total=1.0, left="")
+        self.begun = time.monotonic()
+        self.runs, self.ended = runs, list[Run]()
+        self.steps_before = {run.name: steps_done(run) for run in runs}
+
+    def show(self, running: list[Run]) -> None:
+        names = ", ".join(f"{run.name} {steps_done(run)}/{run.variant.steps}" for run in running)
+        description, share = f"{len(self.ended)}/{len(self.runs)} runs │ {names}", self.share(running)
+        self.update(self.bar, description=description, completed=share, left=self.time_left(share))
+
+    def end(self, run: Run) -> None:
+        """Print how the run ended."""
+        self.ended.append(run)
+        how = f"failed: {run.failure}" if run.failure else "done"
+        line = f"[{len(self.ended)}/{len(self.runs)}] {run.name} {how} │ {self.time_left(self.share([]))}"
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def share(self, running: list[Run]) -> float:
+        """What is done of the FLOPs that this call has to spend."""
+        done = sum(map(self.flops, self.ended)) + sum(self.flops(run, steps_done(run)) for run in running)
+        return done / sum(map(self.flops, self.runs))
+
+    def flops(self, run: Run, steps: float | None = None) -> float:
+        """Of the run's steps in this call, up to `steps`; else of all, with 5 % for the last validation."""
+        steps = 1.05 * run.variant.steps if steps is None else steps
+        return run.variant.training_flops() * max(0, steps - self.steps_before[run.name]) / run.variant.steps
+
+    def time_left(self, share: float) -> str:
+        if share <= 0:
+            return ""
+        seconds = (time.monotonic() - self.begun) * (1 - share) / share
+        return f"about {timedelta(seconds=round(seconds))} left"
+
+
+def steps_done(run: Run) -> int:
+    """The last step in the run's metrics.csv."""
+    path = run.folder / "metrics.csv"
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 4096))
+        whole_lines = file.read().decode(errors="replace").split("\n")[:-1]
+    step = whole_lines[-1].split(",")[0] if whole_lines else ""
+    return int(step) if step.isdigit() else 0
