@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moepp.study.figures.routing_stats import RoutingStats, Sums
+from moepp.study.figures.routing_stats import RoutingCounts, Sums
 
 RESAMPLES, SHUFFLES = 1000, 200
 FEWEST_PASSAGES = 8  # of a domain: below, resampling says nothing
@@ -35,9 +35,14 @@ class Estimate:
     def __getitem__(self, index: Any) -> "Estimate":
         return self.map(lambda array: array[index])
 
-    def columns(self, name: str) -> dict[str, float]:
-        """Of a CSV, for a scalar."""
-        return {name: float(self.value), f"{name}_low": float(self.low), f"{name}_high": float(self.high)}
+    def __str__(self) -> str:
+        """Of a scalar, to three digits."""
+        interval = "(no interval)" if np.isnan(self.low) else f"[{self.low:.3g}, {self.high:.3g}]"
+        return f"{self.value:.3g} {interval}"
+
+    def columns(self, name: str) -> dict[str, np.ndarray]:
+        """Of a table."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
 
 
 class Bootstrap:
@@ -48,26 +53,25 @@ class Bootstrap:
         too_short: domains of too few passages for intervals.
     """
 
-    def __init__(self, stats: RoutingStats, seed: int = 0) -> None:
+    def __init__(self, counts: RoutingCounts, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
-        by_domain = {domain: np.array(sums, np.float64) for domain, sums in stats.passages.sums.items()}  # (P, X)
+        by_domain = {domain: np.array(sums, np.float64) for domain, sums in counts.passages.sums.items()}  # (P, X)
         self.too_short = [domain for domain, sums_PX in by_domain.items() if len(sums_PX) < FEWEST_PASSAGES]
-        times_drawn_DRP = [
-            rng.multinomial(len(sums_PX), np.full(len(sums_PX), 1 / len(sums_PX)), RESAMPLES)
+        resampled_DRX = [
+            rng.multinomial(len(sums_PX), np.full(len(sums_PX), 1 / len(sums_PX)), RESAMPLES) @ sums_PX
             for sums_PX in by_domain.values()
         ]
-        pairs = zip(times_drawn_DRP, by_domain.values(), strict=True)
-        resampled_RDX = np.stack([times_drawn_RP @ sums_PX for times_drawn_RP, sums_PX in pairs], 1)
         pool_PX = np.concatenate(list(by_domain.values()))
         starts_D = np.cumsum([0] + [len(sums_PX) for sums_PX in by_domain.values()])[:-1]
         shuffled_RDX = np.stack([np.add.reduceat(rng.permutation(pool_PX), starts_D) for _ in range(SHUFFLES)])
-        self.sums = stats.sums(np.stack([sums_PX.sum(0) for sums_PX in by_domain.values()]))
-        self._resampled, self._shuffled = stats.sums(resampled_RDX), stats.sums(shuffled_RDX)
+        self.sums = counts.sums(np.stack([sums_PX.sum(0) for sums_PX in by_domain.values()]))
+        self.resampled = counts.sums(np.stack(resampled_DRX, 1))
+        self.shuffled = counts.sums(shuffled_RDX)
 
     def estimate(self, statistic: Statistic) -> Estimate:
         """The statistic and its interval."""
         value = statistic(self.sums)
-        high, low = 2 * value - np.quantile(statistic(self._resampled), (0.025, 0.975), axis=0)
+        high, low = 2 * value - np.quantile(statistic(self.resampled), (0.025, 0.975), axis=0)
         if self.too_short:
             low = high = np.full_like(value, np.nan)
         return Estimate(value, low, high)
@@ -75,11 +79,11 @@ class Bootstrap:
     def above_chance(self, statistic: Statistic) -> Estimate:
         """The same of a difference between domains, less what chance adds to it: as much as resampling adds."""
         estimate = self.estimate(statistic)
-        return Estimate(2 * estimate.value - statistic(self._resampled).mean(0), estimate.low, estimate.high)
+        return Estimate(2 * estimate.value - statistic(self.resampled).mean(0), estimate.low, estimate.high)
 
-    def shuffled(self, statistic: Statistic) -> np.ndarray:
+    def chance(self, statistic: Statistic) -> np.ndarray:
         """What a difference between domains reaches (97.5 %) where passages are shuffled over domains."""
-        return np.quantile(statistic(self._shuffled), 0.975, axis=0)
+        return np.quantile(statistic(self.shuffled), 0.975, axis=0)
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class Finding:
     def row(self) -> dict[str, Any]:
         """Of findings.csv."""
         named = {name: getattr(self, name) for name in ("number", "claim", "measure", "threshold", "holds")}
-        return named | self.estimate.columns("measured")
+        return named | {name: float(bound) for name, bound in self.estimate.columns("measured").items()}
 
 
 def findings(bootstrap: Bootstrap) -> list[Finding]:
@@ -129,9 +133,9 @@ def findings(bootstrap: Bootstrap) -> list[Finding]:
         "Jensen–Shannon divergence of the domains' expert distributions, mean over layers, less chance (bits)",
         bootstrap.above_chance(Sums.divergence),
         SMALLEST_DIVERGENCE,
-        float(bootstrap.shuffled(Sums.divergence)),
+        float(bootstrap.chance(Sums.divergence)),
     )
-    if bootstrap.sums.moe.n_zero_computation == 0:
+    if list(bootstrap.sums.kinds) == ["ffn"]:
         return [divergence]
     return [
         Finding(
@@ -164,7 +168,7 @@ def findings(bootstrap: Bootstrap) -> list[Finding]:
             "variance between domains of FFN experts per token, less chance",
             bootstrap.above_chance(Sums.spread),
             SMALLEST_SPREAD,
-            float(bootstrap.shuffled(Sums.spread)),
+            float(bootstrap.chance(Sums.spread)),
         ),
         Finding(
             4,

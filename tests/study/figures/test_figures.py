@@ -19,8 +19,8 @@ from tokenizers.models import WordLevel
 
 from moepp.cli import main
 from moepp.model import MoEConfig
-from moepp.study.compare.plots import KIND_COLOURS
 from moepp.study.figures import parts_of_speech
+from moepp.study.figures.finding_figures import pathway
 from moepp.study.figures.findings import Bootstrap, Estimate, Finding
 from moepp.study.figures.parts_of_speech import (
     CLASSES,
@@ -30,9 +30,12 @@ from moepp.study.figures.parts_of_speech import (
     open_tagger,
     token_texts,
 )
-from moepp.study.figures.routing_stats import MOST_PASSAGES, Passages, RoutingStats, Scores, Sums
+from moepp.study.figures.picture import Measurements
+from moepp.study.figures.routing_stats import MOST_PASSAGES, Passages, RoutingCounts, Scores, Sums
+from moepp.study.style import KIND_COLOURS
 from moepp.text.corpus_list import Wheel
 from moepp.text.token_files import TokenFiles
+from moepp.training import checkpoint
 from moepp.training.checkpoint import load
 from tests.conftest import tiny
 from tests.training.test_bad_input import refused
@@ -51,14 +54,14 @@ PICTURES = {
 def test_counts_are_those_of_a_naive_loop() -> None:
     moe, L, V, B, S = MoEConfig(n_ffn=3, n_const=2), 3, 11, 4, 6
     rng = np.random.default_rng(0)
-    stats = RoutingStats(moe, L, len(CLASSES), V)
+    counts = RoutingCounts(moe, L, len(CLASSES), V)
     seen = []  # (domain, token, class, experts of each layer) of every token
     for _ in range(3):
         domains = [str(name) for name in rng.choice(["a", "b"], B)]
         experts = np.array([[[rng.permutation(7)[:2] for _ in range(L)] for _ in range(S)] for _ in range(B)])
         tokens, classes = rng.integers(V, size=(B, S)), rng.integers(NONE, len(CLASSES), (B, S))
         valid = np.arange(S) < rng.integers(1, S + 1, B)[:, None]
-        stats.add(domains, tokens, classes, valid, experts)
+        counts.add(domains, tokens, classes, valid, experts)
         seen += [
             (domains[b], tokens[b, s], classes[b, s], experts[b, s].tolist())
             for b in range(B)
@@ -72,8 +75,8 @@ def test_counts_are_those_of_a_naive_loop() -> None:
     def ffn(choices: list[int]) -> int:
         return sum(e < 3 for e in choices)
 
-    sums = Bootstrap(stats).sums
-    names = list(stats.passages.sums)
+    sums = Bootstrap(counts).sums
+    names = list(counts.passages.sums)
     for d, name in enumerate(names):
         mine = [experts for domain, _, _, experts in seen if domain == name]
         assert sums.n_D[d] == len(mine)
@@ -94,16 +97,16 @@ def test_counts_are_those_of_a_naive_loop() -> None:
         assert not of_class or sums.ffn_by_class()[c] == pytest.approx(np.mean(of_class))
     for token in range(V):
         of_token = [load.sum() for load, (_, its, _, _) in zip(loads, seen, strict=True) if its == token]
-        assert stats.token_n[token] == len(of_token)
-        assert stats.token_ffn[token] == sum(of_token)
-        assert stats.token_ffn_squared[token] == sum(n * n for n in of_token)
+        assert counts.token_n[token] == len(of_token)
+        assert counts.token_ffn[token] == sum(of_token)
+        assert counts.token_ffn_squared[token] == sum(n * n for n in of_token)
     flow = np.zeros((L - 1, 4, 4))
     for *_, experts in seen:
         for layer in range(L - 1):
             for e in experts[layer]:
                 for following in experts[layer + 1]:
                     flow[layer, kind(e), kind(following)] += 1
-    assert (stats.flow == flow).all()
+    assert (counts.flow_Lkk == flow).all()
     p = [sums.chosen_DLE[d, 0] / sums.chosen_DLE[d, 0].sum() for d in range(2)]
     kl = [np.sum(q * np.log2(q / np.mean(p, 0))) for q in p]  # Jensen–Shannon by its definition
     assert sums.divergence_by_layer()[0] == pytest.approx(np.mean(kl))
@@ -136,12 +139,12 @@ def test_passages_are_consecutive_and_few_however_long_the_text() -> None:
 def counted(rates: list[float], n_windows: int, seed: int) -> Bootstrap:
     """Two layers, an FFN and a zero expert, one choice: in domain d a token takes the FFN expert at rates[d]."""
     rng = np.random.default_rng(seed)
-    stats = RoutingStats(MoEConfig(n_ffn=1, n_const=0, n_copy=0, top_k=1), 2, len(CLASSES), 2)
+    counts = RoutingCounts(MoEConfig(n_ffn=1, n_const=0, n_copy=0, top_k=1), 2, len(CLASSES), 2)
     for d, rate in enumerate(rates):
         experts = (rng.random((n_windows, 16, 2, 1)) > rate).astype(int)
         nothing = np.full((n_windows, 16), NONE)
-        stats.add([str(d)] * n_windows, nothing * 0, nothing, nothing < 0, experts)
-    return Bootstrap(stats)
+        counts.add([str(d)] * n_windows, nothing * 0, nothing, nothing < 0, experts)
+    return Bootstrap(counts)
 
 
 def test_chance_is_no_finding_and_a_difference_is_one() -> None:
@@ -152,7 +155,7 @@ def test_chance_is_no_finding_and_a_difference_is_one() -> None:
         estimate = apart.estimate(statistic)
         assert 0 < estimate.low < truth < estimate.high
     above, plain = apart.above_chance(Sums.divergence), apart.estimate(Sums.divergence)
-    assert apart.shuffled(Sums.divergence) < above.low < above.value < plain.value
+    assert apart.chance(Sums.divergence) < above.low < above.value < plain.value
     few = counted([0.3, 0.6], 5, seed=0)
     assert few.too_short == ["0", "1"]
     assert np.isnan(few.estimate(Sums.spread).low)
@@ -172,6 +175,21 @@ def test_a_difference_that_would_count_is_not_denied_for_want_of_text(high: floa
     """Below what shuffled text reaches (0.5), but not below what would count (0.2)."""
     estimate = Estimate(*(np.array(x) for x in (0.05, 0.0, high)))
     assert Finding(3, "", "", estimate, 0.2, chance=0.5).holds == holds
+
+
+def test_a_kind_that_the_first_layer_does_not_use_stays_in_the_pathway() -> None:
+    counts = RoutingCounts(MoEConfig(n_ffn=2, n_const=0), 3, len(CLASSES), 2)  # experts 0 and 1, copy 2, zero 3
+    experts = np.tile([[0, 1], [0, 3], [1, 2]], (1, 16, 1, 1))
+    nothing = np.full((1, 16), NONE)
+    counts.add(["a"], nothing * 0, nothing, nothing < 0, experts)
+    scores = Scores(3, 2)
+    table, _, _ = pathway.draw(Measurements(counts, {"": scores}, (nothing[0], experts[0, :, :, 0]), [], 2))
+    assert [*zip(table["layer"], table["from"], table["to"], strict=True)] == (
+        [(layer, a, b) for layer in (1, 2) for a in ("ffn", "copy", "zero") for b in ("ffn", "copy", "zero")]
+    )
+    assert table.groupby("layer")["share_of_choices"].sum().tolist() == pytest.approx([1, 1])
+    of_layer_2 = table[(table["layer"] == 2) & (table["from"] == "zero")].set_index("to")
+    assert of_layer_2["share_of_choices"].to_dict() == {"ffn": 0.25, "copy": 0.25, "zero": 0}
 
 
 def test_kinds_differ_in_brightness_too() -> None:
@@ -306,6 +324,14 @@ def test_figures_are_of_all_held_out_text(there: Path, drawn: Path) -> None:
     assert sum(float(row["experts_per_token"]) for row in shares) == pytest.approx(2, abs=1e-4)
     names = {row["checkpoint"] for row in read(drawn / "scores.csv")}
     assert names == {"moepp/1, with gating residuals", "vanilla/1, without gating residuals"}
+
+
+def test_each_checkpoint_is_read_once(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = []
+    read_checkpoint = checkpoint.read_checkpoint
+    monkeypatch.setattr(checkpoint, "read_checkpoint", lambda path: paths.append(path) or read_checkpoint(path))
+    assert main(["figures", CKPT, f"--versus={VANILLA}", "--out=once"]) == 0
+    assert [str(path) for path in paths] == [CKPT.removeprefix("--ckpt="), VANILLA]
 
 
 def test_text_of_ones_own_with_labels(there: Path) -> None:
