@@ -151,9 +151,9 @@ def summary(found: list[Finding], missing: dict[str, str], folder: Path) -> None
 
 
 def experts(model: Transformer) -> str:
-    counts = {kind: where.stop - where.start for kind, where in model.moe_config.kinds.items()}
-    kinds = ", ".join(f"{n} {kind}" for kind, n in counts.items() if n)
-    return f"top {model.moe_config.top_k} of {kinds} experts, {residuals(model)}"
+    moe = model.moe_config
+    kinds = [f"{where.stop - where.start} {kind}" for kind, where in moe.kinds.items() if where.stop > where.start]
+    return f"top {moe.top_k} of {', '.join(kinds)} experts, {residuals(model)}"
 
 
 def residuals(model: Transformer) -> str:

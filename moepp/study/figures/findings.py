@@ -5,6 +5,7 @@ basic bootstrap's, [2θ - θ*(97.5 %), 2θ - θ*(2.5 %)]. A difference between d
 in a resample θ* more so: percentiles of θ* would take that for a finding, mirrored at θ they do not.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -55,23 +56,22 @@ class Bootstrap:
 
     def __init__(self, counts: RoutingCounts, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
-        by_domain = {domain: np.array(sums, np.float64) for domain, sums in counts.passages.sums.items()}  # (P, X)
-        self.too_short = [domain for domain, sums_PX in by_domain.items() if len(sums_PX) < FEWEST_PASSAGES]
-        resampled_DRX = [
-            rng.multinomial(len(sums_PX), np.full(len(sums_PX), 1 / len(sums_PX)), RESAMPLES) @ sums_PX
-            for sums_PX in by_domain.values()
-        ]
-        pool_PX = np.concatenate(list(by_domain.values()))
-        starts_D = np.cumsum([0] + [len(sums_PX) for sums_PX in by_domain.values()])[:-1]
-        shuffled_RDX = np.stack([np.add.reduceat(rng.permutation(pool_PX), starts_D) for _ in range(SHUFFLES)])
-        self.sums = counts.sums(np.stack([sums_PX.sum(0) for sums_PX in by_domain.values()]))
+        of_domain = counts.passages.sums
+        self.too_short = [domain for domain, passages in of_domain.items() if len(passages) < FEWEST_PASSAGES]
+        sums_DPX = [np.array(passages, np.float64) for passages in of_domain.values()]
+        sizes_D = [len(sums_PX) for sums_PX in sums_DPX]
+        times_drawn_DRP = [rng.multinomial(size, np.full(size, 1 / size), RESAMPLES) for size in sizes_D]
+        resampled_DRX = [drawn_RP @ sums_PX for drawn_RP, sums_PX in zip(times_drawn_DRP, sums_DPX, strict=True)]
+        pool_PX, starts_D = np.concatenate(sums_DPX), np.cumsum([0, *sizes_D[:-1]])
+        shuffled_RDX = [np.add.reduceat(rng.permutation(pool_PX), starts_D) for _ in range(SHUFFLES)]
+        self.sums = counts.sums(np.stack([sums_PX.sum(0) for sums_PX in sums_DPX]))
         self.resampled = counts.sums(np.stack(resampled_DRX, 1))
-        self.shuffled = counts.sums(shuffled_RDX)
+        self.shuffled = counts.sums(np.stack(shuffled_RDX))
 
     def estimate(self, statistic: Statistic) -> Estimate:
         """The statistic and its interval."""
-        value = statistic(self.sums)
-        high, low = 2 * value - np.quantile(statistic(self.resampled), (0.025, 0.975), axis=0)
+        value = quietly(statistic, self.sums)
+        high, low = 2 * value - np.quantile(quietly(statistic, self.resampled), (0.025, 0.975), axis=0)
         if self.too_short:
             low = high = np.full_like(value, np.nan)
         return Estimate(value, low, high)
@@ -79,11 +79,19 @@ class Bootstrap:
     def above_chance(self, statistic: Statistic) -> Estimate:
         """The same of a difference between domains, less what chance adds to it: as much as resampling adds."""
         estimate = self.estimate(statistic)
-        return Estimate(2 * estimate.value - statistic(self.resampled).mean(0), estimate.low, estimate.high)
+        return Estimate(
+            2 * estimate.value - quietly(statistic, self.resampled).mean(0), estimate.low, estimate.high
+        )
 
     def chance(self, statistic: Statistic) -> np.ndarray:
         """What a difference between domains reaches (97.5 %) where passages are shuffled over domains."""
-        return np.quantile(statistic(self.shuffled), 0.975, axis=0)
+        return np.quantile(quietly(statistic, self.shuffled), 0.975, axis=0)
+
+
+def quietly(statistic: Statistic, sums: Sums) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # that there is nothing to take a mean of: NaN says so
+        return statistic(sums)
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,8 @@ class RoutingCounts:
 class Sums:
     """Sums over tokens, by domain, and the statistics on them. In all shapes, resamples may stand before D.
 
+    Where there is nothing to take a mean or a variance of, a statistic is NaN, and numpy warns.
+
     Attributes:
         kinds: where the experts of each kind stand.
         n_D: tokens.
@@ -131,8 +133,7 @@ class Sums:
 
     def ffn_by_class(self) -> np.ndarray:
         """(C,) FFN experts per token, mean over layers and all domains; NaN for a class that does not occur."""
-        n_C = self.class_n_DC.sum(-2) * self.chosen_DLE.shape[-2]
-        return np.divide(self.class_ffn_DC.sum(-2), n_C, out=np.full(n_C.shape, np.nan), where=n_C > 0)
+        return self.class_ffn_DC.sum(-2) / (self.class_n_DC.sum(-2) * self.chosen_DLE.shape[-2])
 
     def activations(self) -> np.ndarray:
         """(D, k) share of tokens that choose an expert of the kind, mean over its experts and layers."""
@@ -157,7 +158,7 @@ class Sums:
 
     def adjacent_correlation(self) -> np.ndarray:
         """() Its mean over pairs of adjacent layers."""
-        return mean_or_nan(np.diagonal(self.correlation(), 1, -2, -1))
+        return np.diagonal(self.correlation(), 1, -2, -1).mean(-1)
 
     def adjacent_correlation_of_domains(self) -> np.ndarray:
         """() The same of FFN experts per token, between domains instead of tokens; NaN below three domains."""
@@ -165,25 +166,25 @@ class Sums:
             return np.full(self.ffn_DL.shape[:-2], np.nan)
         z_DL = self.ffn_DL - self.ffn_DL.mean(-2, keepdims=True)
         z_DL = z_DL / np.sqrt((z_DL**2).sum(-2, keepdims=True))
-        return mean_or_nan((z_DL[..., 1:] * z_DL[..., :-1]).sum(-2))
+        return (z_DL[..., 1:] * z_DL[..., :-1]).sum(-2).mean(-1)
 
     def adjacent_excess(self) -> np.ndarray:
         """() adjacent_correlation, less its mean over pairs of layers further apart."""
         i, j = np.triu_indices(self.chosen_DLE.shape[-2], 2)
-        return self.adjacent_correlation() - mean_or_nan(self.correlation()[..., i, j])
+        return self.adjacent_correlation() - self.correlation()[..., i, j].mean(-1)
 
     def spread_by_layer(self) -> np.ndarray:
         """(L,) variance between domains of FFN experts per token; NaN of one domain."""
-        return variance_or_nan(self.ffn_DL.swapaxes(-1, -2))
+        return self.ffn_DL.var(-2, ddof=1)
 
     def outer_excess(self) -> np.ndarray:
         """() spread_by_layer of the first and last layer, less that of those between."""
         spread_L = self.spread_by_layer()
-        return mean_or_nan(spread_L[..., [0, -1]]) - mean_or_nan(spread_L[..., 1:-1])
+        return spread_L[..., [0, -1]].mean(-1) - spread_L[..., 1:-1].mean(-1)
 
     def spread(self) -> np.ndarray:
         """() Variance between domains of FFN experts per token, mean over layers."""
-        return variance_or_nan(self.ffn_DL.mean(-1))
+        return self.ffn_DL.mean(-1).var(-1, ddof=1)
 
     def divergence_by_layer(self) -> np.ndarray:
         """(L,) Jensen–Shannon divergence of the domains' expert distributions, in bits, domains weighing the same.
@@ -198,16 +199,6 @@ class Sums:
     def divergence(self) -> np.ndarray:
         """() Its mean over layers."""
         return self.divergence_by_layer().mean(-1)
-
-
-def mean_or_nan(x: np.ndarray) -> np.ndarray:
-    """Over the last axis; NaN, in silence, of nothing."""
-    return x.mean(-1) if x.shape[-1] else np.full(x.shape[:-1], np.nan)
-
-
-def variance_or_nan(x: np.ndarray) -> np.ndarray:
-    """Of a sample, over the last axis; NaN, in silence, below two values."""
-    return x.var(-1, ddof=1) if x.shape[-1] > 1 else np.full(x.shape[:-1], np.nan)
 
 
 class Scores:
