@@ -13,11 +13,12 @@ from rich.table import Table
 from moepp.model import InputError, Transformer
 from moepp.study.figures import finding_figures, paper_figures
 from moepp.study.figures.drawing import save_small
-from moepp.study.figures.findings import Finding, findings
+from moepp.study.figures.findings import Bootstrap, Finding, findings
 from moepp.study.figures.page import page
 from moepp.study.figures.parts_of_speech import PartsOfSpeech, open_tagger, token_texts
-from moepp.study.figures.picture import Measurements, Picture, write_csv
+from moepp.study.figures.picture import Picture, write_csv
 from moepp.study.figures.read_text import read_text
+from moepp.study.figures.routing_stats import RoutingCounts
 from moepp.study.style import STYLE
 from moepp.text.held_out import TextOptions, open_held_out
 from moepp.training.checkpoint import Loaded, load, newest_checkpoint
@@ -81,26 +82,21 @@ def figures(options: Options, command: str) -> None:
             raise
         untagged["parts of speech"] = str(error)  # there is no network
 
-    measured = read_text(models, text, texts_V, parts_of_speech, options.min_count)
+    counts = RoutingCounts(model.moe_config, model.config.n_layers, texts_V, options.min_count)
+    read_text(text, counts, models, parts_of_speech)
+    bootstrap = Bootstrap(counts)
     folder = Path(options.out) if options.out else run_folder(ckpt) / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    drawn, missing = write_pictures(measured, folder)
+    drawn, missing = write_pictures(bootstrap, folder)
     missing |= untagged
     if not options.versus:
         missing["another checkpoint's routing scores"] = "name one, with or without gating residuals: --versus"
-    found = findings(measured.bootstrap)
+    found = findings(bootstrap)
     write_csv(pd.DataFrame([finding.row() for finding in found]), folder / "findings.csv")
-    n_tokens, n_domains = int(measured.bootstrap.sums.n_D.sum()), len(measured.domains)
+    n_tokens, n_domains = counts.token_n.sum(), len(counts.domains)
     about["text"] = f"{text.name}: {n_tokens:,} tokens of {n_domains} domain{'s' * (n_domains > 1)}"
     about["command"] = command
-    html = page(
-        about=about,
-        findings=found,
-        pictures=drawn,
-        missing=missing,
-        too_short=measured.bootstrap.too_short,
-        windows=measured.counts.passages.windows,
-    )
+    html = page(about=about, findings=found, pictures=drawn, missing=missing, bootstrap=bootstrap)
     (folder / "index.html").write_text(html, encoding="utf-8")
     summary(found, missing, folder)
 
@@ -119,7 +115,7 @@ def load_other(path: str, loaded: Loaded) -> Transformer:
     return other.model
 
 
-def write_pictures(measured: Measurements, folder: Path) -> tuple[list[tuple[Picture, str, Path]], dict[str, str]]:
+def write_pictures(bootstrap: Bootstrap, folder: Path) -> tuple[list[tuple[Picture, str, Path]], dict[str, str]]:
     """A PNG and a CSV of each picture.
 
     Returns:
@@ -128,10 +124,10 @@ def write_pictures(measured: Measurements, folder: Path) -> tuple[list[tuple[Pic
     drawn, missing = [], {}
     with plt.rc_context(STYLE):
         for picture in [*paper_figures.PICTURES, *finding_figures.PICTURES]:
-            if why := picture.obstacle(measured):
+            if why := picture.obstacle(bootstrap):
                 missing[picture.name] = why
                 continue
-            table, sentence, figure = picture.draw(measured)
+            table, sentence, figure = picture.draw(bootstrap)
             png = folder / f"{picture.stem}.png"
             write_csv(table, png.with_suffix(".csv"))
             save_small(figure, png)

@@ -18,15 +18,15 @@ from moepp.study.figures.drawing import (
     whiskers,
     whiskers_by_name,
 )
-from moepp.study.figures.findings import Estimate
-from moepp.study.figures.picture import Drawn, Measurements, combinations, no_kinds, one_domain, one_layer, picture
+from moepp.study.figures.findings import Bootstrap, Estimate
+from moepp.study.figures.picture import Drawn, combinations, no_kinds, one_domain, one_layer, picture
 from moepp.study.figures.routing_stats import Sums
 from moepp.study.style import BLACK, GREY, KIND_COLOURS
 
 
 @picture("finding 1", "Finding 1: FFN load of pairs of layers", no_kinds, one_layer)
-def finding1_correlation(measured: Measurements) -> Drawn:
-    estimate_LL, layers = measured.bootstrap.estimate(Sums.correlation), measured.layers
+def finding1_correlation(measured: Bootstrap) -> Drawn:
+    estimate_LL, layers = measured.estimate(Sums.correlation), measured.counts.layers
     columns = estimate_LL.map(np.ravel).columns("correlation")
     table = combinations(layer=layers, other_layer=layers).assign(**columns)
     adjacent = np.diagonal(estimate_LL.value, 1)
@@ -49,8 +49,8 @@ def finding1_correlation(measured: Measurements) -> Drawn:
 
 
 @picture("finding 2", "Finding 2: variation of FFN load across domains, layer by layer", no_kinds, one_domain)
-def finding2_spread(measured: Measurements) -> Drawn:
-    variance_L, layers = measured.bootstrap.above_chance(Sums.spread_by_layer), measured.layers
+def finding2_spread(measured: Bootstrap) -> Drawn:
+    variance_L, layers = measured.above_chance(Sums.spread_by_layer), measured.counts.layers
     sd_L = variance_L.map(lambda variance_L: np.sqrt(np.maximum(variance_L, 0)))
     table = pd.DataFrame({"layer": layers, **sd_L.columns("sd_between_domains")})
     most, least = sd_L.value.argmax(), sd_L.value.argmin()
@@ -62,9 +62,9 @@ def finding2_spread(measured: Measurements) -> Drawn:
 
 
 @picture("finding 3", "Finding 3: FFN experts per token, by domain", no_kinds)
-def finding3_ffn_by_domain(measured: Measurements) -> Drawn:
-    domains, n_D = measured.domains, measured.bootstrap.sums.n_D.astype(int)
-    ffn_D = measured.bootstrap.estimate(lambda sums: sums.ffn_by_layer()[..., -1])
+def finding3_ffn_by_domain(measured: Bootstrap) -> Drawn:
+    domains, n_D = measured.counts.domains, measured.sums.n_D.astype(int)
+    ffn_D = measured.estimate(lambda sums: sums.ffn_by_layer()[..., -1])
     table = pd.DataFrame({"domain": domains, "tokens": n_D, **ffn_D.columns("ffn_per_token")})
     each = ", ".join(f"{domains[d]} {ffn_D.value[d]:.3f}" for d in np.argsort(-ffn_D.value))
     figure, axes = plt.subplots(figsize=(5.4, 0.9 + 0.32 * len(domains)))
@@ -74,9 +74,9 @@ def finding3_ffn_by_domain(measured: Measurements) -> Drawn:
 
 
 @picture("finding 4", "Finding 4: how often one expert of a kind is chosen", no_kinds)
-def finding4_activations(measured: Measurements) -> Drawn:
-    domains, kinds = measured.domains, list(measured.counts.kinds)
-    share_Dk = measured.bootstrap.estimate(Sums.activations)
+def finding4_activations(measured: Bootstrap) -> Drawn:
+    domains, kinds = measured.counts.domains, list(measured.counts.kinds)
+    share_Dk = measured.estimate(Sums.activations)
     columns = share_Dk.map(np.ravel).columns("share_of_tokens_per_expert")
     table = combinations(domain=domains, kind=kinds).assign(**columns)
     means = zip(kinds, share_Dk.value.mean(0), strict=True)
@@ -95,10 +95,10 @@ def finding4_activations(measured: Measurements) -> Drawn:
 
 
 @picture("finding 5", "Finding 5: distance between the domains' expert distributions", one_domain)
-def finding5_divergence(measured: Measurements) -> Drawn:
-    bits_L = measured.bootstrap.above_chance(Sums.divergence_by_layer)
-    shuffled_L = measured.bootstrap.chance(Sums.divergence_by_layer)
-    columns = {"layer": measured.layers, **bits_L.columns("bits"), "bits_of_shuffled_domains": shuffled_L}
+def finding5_divergence(measured: Bootstrap) -> Drawn:
+    bits_L = measured.above_chance(Sums.divergence_by_layer)
+    shuffled_L = measured.chance(Sums.divergence_by_layer)
+    columns = {"layer": measured.counts.layers, **bits_L.columns("bits"), "bits_of_shuffled_domains": shuffled_L}
     sentence = (
         f"One choice of expert tells {bits_L.value.min():.3f} to {bits_L.value.max():.3f} bits, depending on the "
         f"layer, of which domain a text is from; shuffled domains reach {shuffled_L.max():.3f} (97.5 %)."
@@ -121,14 +121,14 @@ def between_domains(difference_L: Estimate, label: str, shuffled_L: np.ndarray |
 
 
 @picture("pathway", "Pathway: the flow between expert kinds, from layer to layer", no_kinds, one_layer)
-def pathway(measured: Measurements) -> Drawn:
+def pathway(measured: Bootstrap) -> Drawn:
     """How choices flow from the kinds of one layer to those of the next; heights are shares of all choices."""
-    sums, counts, L = measured.bootstrap.sums, measured.counts, len(measured.layers)
-    kinds = list(counts.kinds)
+    sums, counts = measured.sums, measured.counts
+    kinds, L = list(counts.kinds), counts.n_layers
     chosen_LE = sums.chosen_DLE.sum(0) / (sums.n_D.sum() * counts.moe.top_k)
     share_Lk = np.stack([chosen_LE[:, where].sum(1) for where in counts.kinds.values()], 1)
     flow_Lkk = counts.flow_Lkk / counts.flow_Lkk.sum((1, 2), keepdims=True)
-    table = combinations(**{"layer": measured.layers[:-1], "from": kinds, "to": kinds}).assign(
+    table = combinations(**{"layer": counts.layers[:-1], "from": kinds, "to": kinds}).assign(
         share_of_choices=flow_Lkk.ravel(),
         share_if_independent=(share_Lk[:-1, :, None] * share_Lk[1:, None]).ravel(),
     )
@@ -155,7 +155,7 @@ def pathway(measured: Measurements) -> Drawn:
         end = (layer + 1 - width / 2, arrives_Lkk[layer, i, j])
         ribbon(axes, start, end, flow_Lkk[layer, i, j], KIND_COLOURS[kinds[i]])
     axes.set(xlim=(-0.3, L - 0.7), ylim=(0, 1), yticks=[])
-    axes.set_xticks(range(L), [f"layer {layer}" if L <= 9 else str(layer) for layer in measured.layers])
+    axes.set_xticks(range(L), [f"layer {layer}" if L <= 9 else str(layer) for layer in counts.layers])
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.grid(visible=False)
     legend_of_kinds(figure, kinds)

@@ -47,7 +47,7 @@ class Estimate:
 
 
 class Bootstrap:
-    """Resamples of a text's passages, the same ones for every statistic.
+    """What was counted on a text, and resamples of its passages, the same ones for every statistic.
 
     Attributes:
         sums: over the whole text.
@@ -55,7 +55,7 @@ class Bootstrap:
     """
 
     def __init__(self, counts: RoutingCounts, seed: int = 0) -> None:
-        rng = np.random.default_rng(seed)
+        self.counts, rng = counts, np.random.default_rng(seed)
         of_domain = counts.passages.sums
         self.too_short = [domain for domain, passages in of_domain.items() if len(passages) < FEWEST_PASSAGES]
         sums_DPX = [np.array(passages, np.float64) for passages in of_domain.values()]

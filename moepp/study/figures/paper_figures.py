@@ -9,9 +9,9 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import Rectangle
 
 from moepp.study.figures.drawing import FFN_COLOUR, PER_TOKEN, legend_of_kinds, whiskers, whiskers_by_name
-from moepp.study.figures.findings import Estimate
+from moepp.study.figures.findings import Bootstrap, Estimate
 from moepp.study.figures.parts_of_speech import CLASSES
-from moepp.study.figures.picture import Drawn, Measurements, combinations, no_kinds, picture
+from moepp.study.figures.picture import Drawn, combinations, no_kinds, picture
 from moepp.study.figures.routing_stats import SCORE_BINS, Sums
 from moepp.study.style import BLACK, KIND_COLOURS, PINK
 
@@ -21,14 +21,14 @@ RANKS = ("highest", "second-highest")
 
 
 @picture("expert load by domain", "Expert load by domain (the paper's figure 4)")
-def load(measured: Measurements) -> Drawn:
+def load(measured: Bootstrap) -> Drawn:
     """A panel for each layer, their mean first: experts per token as a stack, one segment an expert."""
-    sums, domains, kinds = measured.bootstrap.sums, measured.domains, measured.counts.kinds
-    kind_E = [kind for kind, where in kinds.items() for _ in range(where.start, where.stop)]
-    panels = ["all layers, mean", *(f"layer {layer}" for layer in measured.layers)]
+    counts, sums, domains = measured.counts, measured.sums, measured.counts.domains
+    kind_E = [kind for kind, where in counts.kinds.items() for _ in range(where.start, where.stop)]
+    panels = ["all layers, mean", *(f"layer {layer}" for layer in counts.layers)]
     chosen_LDE = (sums.chosen_DLE / sums.n_D[:, None, None]).swapaxes(0, 1)
     chosen_PDE = np.concatenate([chosen_LDE.mean(0, keepdims=True), chosen_LDE])
-    ffn_PD = measured.bootstrap.estimate(Sums.ffn_by_layer).map(lambda ffn_DL: np.roll(ffn_DL, 1, axis=-1).T)
+    ffn_PD = measured.estimate(Sums.ffn_by_layer).map(lambda ffn_DL: np.roll(ffn_DL, 1, axis=-1).T)
     table = combinations(layers=panels, domain=domains, expert=range(len(kind_E))).assign(
         kind=kind_E * (len(panels) * len(domains)),
         experts_per_token=chosen_PDE.ravel(),
@@ -36,7 +36,7 @@ def load(measured: Measurements) -> Drawn:
     )
     ffn_D, ffn_L = ffn_PD.value[0], ffn_PD.value[1:].mean(1)
     sentence = (
-        f"Of {measured.counts.moe.top_k} experts per token, {ffn_D.min():.2f} are FFN experts in "
+        f"Of {counts.moe.top_k} experts per token, {ffn_D.min():.2f} are FFN experts in "
         f"{domains[ffn_D.argmin()]} and {ffn_D.max():.2f} in {domains[ffn_D.argmax()]}; layers "
         f"range from {ffn_L.min():.2f} to {ffn_L.max():.2f}."
     )
@@ -64,41 +64,35 @@ def load(measured: Measurements) -> Drawn:
     for axes in grid[:, 0]:
         axes.set_ylabel("experts per token")
     line = plt.Line2D([], [], color=BLACK, marker="o", markersize=4)
-    legend_of_kinds(figure, kinds, **{PER_TOKEN: line})
+    legend_of_kinds(figure, counts.kinds, **{PER_TOKEN: line})
     return table, sentence, figure
 
 
-def frequent_tokens(measured: Measurements) -> np.ndarray:
-    """Ids of tokens of text that occur often enough."""
-    has_text_V = np.array([bool(text) for text in measured.texts_V])
-    return np.flatnonzero(has_text_V & (measured.counts.token_n >= measured.min_count))
+def too_rare(measured: Bootstrap) -> str:
+    counts = measured.counts
+    return "" if len(counts.frequent_tokens) else f"no token occurs {counts.min_count} times: lower --min_count"
 
 
-def too_rare(measured: Measurements) -> str:
-    return (
-        "" if len(frequent_tokens(measured)) else f"no token occurs {measured.min_count} times: lower --min_count"
-    )
-
-
-def no_words(measured: Measurements) -> str:
-    return "" if measured.bootstrap.sums.class_n_DC.any() else "no word was tagged"
+def no_words(measured: Bootstrap) -> str:
+    return "" if measured.sums.class_n_DC.any() else "no word was tagged"
 
 
 @picture("FFN experts by token", "FFN experts per token, by token (figure 5)", no_kinds, too_rare)
-def tokens(measured: Measurements) -> Drawn:
+def tokens(measured: Bootstrap) -> Drawn:
     """All tokens in the order of their mean, largest first, and the first and last by name."""
-    counts, ids = measured.counts, frequent_tokens(measured)
-    n, L = counts.token_n[ids], counts.n_layers
+    counts = measured.counts
+    ids, L = counts.frequent_tokens, counts.n_layers
+    n = counts.token_n[ids]
     mean = counts.token_ffn[ids] / (n * L)
     variance = np.maximum(0, (counts.token_ffn_squared[ids] / L**2 - n * mean**2) / (n - 1))
     half = 1.96 * np.sqrt(variance / n)  # over the occurrences of the token
     order = np.lexsort((ids, -n, -mean))  # the most frequent first among equals
     ids, n, ffn = ids[order], n[order], Estimate(mean, mean - half, mean + half)[order]
-    labels = [visible(measured.texts_V[i]) for i in ids]
+    labels = [visible(counts.texts_V[i]) for i in ids]
     rank = np.arange(1, len(ids) + 1)
     table = pd.DataFrame({"rank": rank, "token": labels, "id": ids, "count": n, **ffn.columns("ffn_per_token")})
     sentence = (
-        f"Of {len(ids):,} tokens that occur {measured.min_count} times or more, “{labels[0]}” takes most FFN "
+        f"Of {len(ids):,} tokens that occur {counts.min_count} times or more, “{labels[0]}” takes most FFN "
         f"experts ({ffn.value[0]:.2f}) and “{labels[-1]}” least ({ffn.value[-1]:.2f}); half lie between "
         f"{np.quantile(ffn.value, 0.25):.2f} and {np.quantile(ffn.value, 0.75):.2f}. · is a space, ↵ a line end."
     )
@@ -109,25 +103,23 @@ def tokens(measured: Measurements) -> Drawn:
     every.plot(rank, ffn.value, color=FFN_COLOUR, linewidth=2)
     every.set(xlabel="tokens, from most FFN experts to least", ylabel=f"{PER_TOKEN}, mean and 95 %")
     for axes, where, title in ((most, slice(NAMED), "most"), (least, slice(-NAMED, None), "least")):
-        whiskers_by_name(
-            axes, [shortened(label) for label in labels[where]], ffn[where], fmt="o", color=FFN_COLOUR
-        )
+        names = [label[:11] + "…" * (len(label) > 11) for label in labels[where]]
+        whiskers_by_name(axes, names, ffn[where], fmt="o", color=FFN_COLOUR)
         for name in axes.get_yticklabels():
             name.set(family="monospace", parse_math=False)
         for row, count in enumerate(n[where]):
-            place = {"xy": (1.02, row), "xycoords": ("axes fraction", "data"), "va": "center"}
-            axes.annotate(f"×{count:,}", **place, fontsize=8)
+            axes.text(1.02, row, f"×{count:,}", va="center", fontsize=8, transform=axes.get_yaxis_transform())
         axes.set(xlim=every.get_ylim(), xlabel=PER_TOKEN)
         axes.set_title(title, fontsize=10)
     return table, sentence, figure
 
 
 @picture("parts of speech", "FFN experts per token, by part of speech (figure 5)", no_kinds, no_words)
-def parts_of_speech(measured: Measurements) -> Drawn:
-    count_C = measured.bootstrap.sums.class_n_DC.sum(0).astype(int)
+def parts_of_speech(measured: Bootstrap) -> Drawn:
+    count_C = measured.sums.class_n_DC.sum(0).astype(int)
     found = np.flatnonzero(count_C)
     names, count = [CLASSES[c] for c in found], count_C[found]
-    ffn = measured.bootstrap.estimate(Sums.ffn_by_class)[found]
+    ffn = measured.estimate(Sums.ffn_by_class)[found]
     table = pd.DataFrame({"part_of_speech": names, "count": count, **ffn.columns("ffn_per_token")})
     order = ", ".join(f"{names[i]} {ffn.value[i]:.2f}" for i in np.argsort(-ffn.value))
     sentence = (
@@ -143,15 +135,15 @@ def parts_of_speech(measured: Measurements) -> Drawn:
 
 
 @picture("a passage of text", "A passage, shaded by FFN experts", no_kinds)
-def passage(measured: Measurements) -> Drawn:
+def passage(measured: Bootstrap) -> Drawn:
     """The text with each token shaded by its FFN count, the mean over layers."""
-    ids, ffn_SL = measured.passage
-    texts, ffn_S, top_k = [measured.texts_V[i] for i in ids], ffn_SL.mean(1), measured.counts.moe.top_k
-    table = pd.DataFrame(ffn_SL, columns=[f"layer_{layer}" for layer in measured.layers])
+    counts, (ids, ffn_SL) = measured.counts, measured.counts.passage
+    texts, ffn_S, top_k = [counts.texts_V[i] for i in ids], ffn_SL.mean(1), counts.moe.top_k
+    table = pd.DataFrame(ffn_SL, columns=[f"layer_{layer}" for layer in counts.layers])
     table.insert(0, "position", range(len(ids)))
     table.insert(1, "token", [visible(text) for text in texts])
     sentence = (
-        f"The text begins so ({measured.domains[0]}): its tokens take {ffn_S.mean():.2f} FFN experts on average, "
+        f"The text begins so ({counts.domains[0]}): its tokens take {ffn_S.mean():.2f} FFN experts on average, "
         f"from {ffn_S.min():.2f} to {ffn_S.max():.2f}. The darker, the more."
     )
 
@@ -169,8 +161,7 @@ def passage(measured: Measurements) -> Drawn:
     figure, axes = plt.subplots(figsize=(columns * width + 1.2, (line + 1) * height + 0.3))
     font: dict[str, Any] = {"family": "monospace", "fontsize": size, "va": "center", "parse_math": False}
     for line, column, printed, share in cells:
-        patch = Rectangle((column, line), len(printed) - 0.1, 0.86, color=FFN_SHADES(share), linewidth=0)
-        axes.add_patch(patch)
+        axes.add_patch(Rectangle((column, line), len(printed) - 0.1, 0.86, color=FFN_SHADES(share), linewidth=0))
         axes.text(column, line + 0.45, printed, color="white" if share > 0.85 else BLACK, **font)
     axes.set(xlim=(0, columns), ylim=(cells[-1][0] + 1, 0))
     axes.axis("off")
@@ -180,11 +171,11 @@ def passage(measured: Measurements) -> Drawn:
 
 
 @picture("routing scores", "Routing scores (figure 6)")
-def scores(measured: Measurements) -> Drawn:
+def scores(measured: Bootstrap) -> Drawn:
     """Of the highest and the second-highest score: its density, of one or two checkpoints."""
-    tables, sentence = [], ""
+    scores_of, tables, sentence = measured.counts.scores, [], ""
     bins = [f"tokens_from_{b / SCORE_BINS:.2f}" for b in range(SCORE_BINS)]
-    for name, of_model in measured.scores.items():
+    for name, of_model in scores_of.items():
         L, n_ranks, _ = of_model.histogram.shape
         parts = {"all": slice(None)} | {str(i + 1): slice(i, i + 1) for i in range(L)}
         table = combinations(checkpoint=[name], layer=list(parts), rank=range(1, n_ranks + 1))
@@ -197,15 +188,15 @@ def scores(measured: Measurements) -> Drawn:
             for rank, (mean, variance, least, largest) in zip(RANKS, of_model.moments(), strict=False)
         ]
         sentence += f"{name}: {'; '.join(each)}. "
-    if len(measured.scores) > 1:
-        ours, theirs = (of_model.moments()[:, 1] for of_model in measured.scores.values())
+    if len(scores_of) > 1:
+        ours, theirs = (of_model.moments()[:, 1] for of_model in scores_of.values())
         ratios = " and ".join(f"{a / b:.2f}" for a, b in zip(ours, theirs, strict=False))
         sentence += f"The variances of the first are {ratios} times those of the other."
 
-    n_ranks = next(iter(measured.scores.values())).histogram.shape[1]
+    n_ranks = next(iter(scores_of.values())).histogram.shape[1]
     figure, grid = plt.subplots(1, n_ranks, figsize=(4.6 * n_ranks, 3.2), squeeze=False)
     lines = ((BLACK, "-"), (PINK, "--"))
-    for (name, of_model), (colour, line) in zip(measured.scores.items(), lines, strict=False):
+    for (name, of_model), (colour, line) in zip(scores_of.items(), lines, strict=False):
         count_RX = of_model.histogram.sum(0)
         density_RX = count_RX / (count_RX.sum(-1, keepdims=True) / SCORE_BINS)
         for axes, density_X in zip(grid[0], density_RX, strict=False):
@@ -215,7 +206,7 @@ def scores(measured: Measurements) -> Drawn:
         axes.set(xlabel="softmax probability of the expert", xlim=(0, largest + 0.01))
         axes.set_title(f"{rank} score", fontsize=10)
     grid[0, 0].set_ylabel("density over tokens and layers")
-    if len(measured.scores) > 1:
+    if len(scores_of) > 1:
         handles, names = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper center", ncols=len(names))
     return pd.concat(tables), sentence.strip(), figure
@@ -225,10 +216,6 @@ def visible(text: str) -> str:
     """A token's text, with white space that can be seen."""
     spaced = text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥")
     return "".join(c if c.isprintable() else "\ufffd" for c in spaced) or "▪"
-
-
-def shortened(label: str) -> str:
-    return label[:11] + "…" * (len(label) > 11)
 
 
 PICTURES = [load, tokens, parts_of_speech, passage, scores]

@@ -1,52 +1,17 @@
-"""What is measured on a text, and a picture of it: a table of numbers, a sentence and a drawing."""
+"""A picture of what was counted on a text: a table of numbers, a sentence and a drawing."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from moepp.study.figures.findings import Bootstrap
-from moepp.study.figures.routing_stats import RoutingCounts, Scores
-
-
-@dataclass(frozen=True)
-class Measurements:
-    """What was measured on one text.
-
-    Attributes:
-        scores: by checkpoint, first the one whose choices are counted.
-        passage: token ids (S,) and FFN counts (S, L) of the text's beginning.
-        texts_V: the text of each token.
-        min_count: tokens that occur less often are left out of the picture by token.
-    """
-
-    counts: RoutingCounts
-    scores: dict[str, Scores]
-    passage: tuple[np.ndarray, np.ndarray]
-    texts_V: list[str]
-    min_count: int
-
-    @cached_property
-    def bootstrap(self) -> Bootstrap:
-        return Bootstrap(self.counts)
-
-    @property
-    def domains(self) -> list[str]:
-        return list(self.counts.passages.sums)
-
-    @property
-    def layers(self) -> range:
-        """As people count them, from 1."""
-        return range(1, self.counts.n_layers + 1)
-
 
 Drawn = tuple[pd.DataFrame, str, Figure]
-Obstacle = Callable[[Measurements], str]
+Obstacle = Callable[[Bootstrap], str]
 
 
 @dataclass(frozen=True)
@@ -63,33 +28,33 @@ class Picture:
     name: str
     title: str
     obstacles: tuple[Obstacle, ...]
-    draw: Callable[[Measurements], Drawn]
+    draw: Callable[[Bootstrap], Drawn]
 
     @property
     def stem(self) -> str:
         return self.draw.__name__
 
-    def obstacle(self, measured: Measurements) -> str:
+    def obstacle(self, measured: Bootstrap) -> str:
         """The first of the reasons against it."""
         return next(filter(None, (obstacle(measured) for obstacle in self.obstacles)), "")
 
 
-def picture(name: str, title: str, *obstacles: Obstacle) -> Callable[[Callable[[Measurements], Drawn]], Picture]:
+def picture(name: str, title: str, *obstacles: Obstacle) -> Callable[[Callable[[Bootstrap], Drawn]], Picture]:
     """Make a Picture of the function that draws it."""
     return lambda draw: Picture(name, title, obstacles, draw)
 
 
-def no_kinds(measured: Measurements) -> str:
+def no_kinds(measured: Bootstrap) -> str:
     moe = measured.counts.moe
     return "" if moe.n_zero_computation else f"vanilla MoE has FFN experts alone, so every token uses {moe.top_k}"
 
 
-def one_domain(measured: Measurements) -> str:
-    return "there is one domain only" if len(measured.domains) == 1 else ""
+def one_domain(measured: Bootstrap) -> str:
+    return "there is one domain only" if len(measured.counts.domains) == 1 else ""
 
 
-def one_layer(measured: Measurements) -> str:
-    return "there is one layer only" if len(measured.layers) == 1 else ""
+def one_layer(measured: Bootstrap) -> str:
+    return "there is one layer only" if len(measured.counts.layers) == 1 else ""
 
 
 def combinations(**columns: Sequence[Any]) -> pd.DataFrame:

@@ -13,8 +13,10 @@ import numpy as np
 from scipy.special import entr
 
 from moepp.model import MoEConfig
+from moepp.study.figures.parts_of_speech import CLASSES
 
 MOST_PASSAGES = 128  # of a domain
+PASSAGE = 200  # tokens of the text's beginning that are kept
 SCORE_BINS = 100
 
 
@@ -44,7 +46,11 @@ class Passages:
 
 
 class RoutingCounts:
-    """All that is counted of a model but its scores.
+    """All that is counted of a model on one text.
+
+    Args:
+        texts_V: the text of each token.
+        min_count: tokens that occur less often are not frequent.
 
     Attributes:
         kinds: where the experts of each kind stand, of the kinds that the model has, FFN experts first.
@@ -52,14 +58,33 @@ class RoutingCounts:
         token_n, token_ffn, token_ffn_squared: (V,) occurrences, and sums of the FFN count over layers.
         flow_Lkk: from kinds of experts in all layers but the last to kinds in the next, K² for every token: its K
             choices go to the K of the next layer in equal parts.
+        passage: token ids (S,) and FFN counts (S, L) of the text's beginning.
+        scores: by model; of this one first.
     """
 
-    def __init__(self, moe: MoEConfig, n_layers: int, n_classes: int, vocab_size: int) -> None:
-        self.moe, self.n_layers, self.n_classes = moe, n_layers, n_classes
+    def __init__(self, moe: MoEConfig, n_layers: int, texts_V: list[str], min_count: int = 2) -> None:
+        self.moe, self.n_layers, self.texts_V, self.min_count = moe, n_layers, texts_V, min_count
         self.kinds = {kind: where for kind, where in moe.kinds.items() if where.stop > where.start}
         self.passages = Passages()
-        self.token_n, self.token_ffn, self.token_ffn_squared = np.zeros((3, vocab_size), np.int64)
+        self.token_n, self.token_ffn, self.token_ffn_squared = np.zeros((3, len(texts_V)), np.int64)
         self.flow_Lkk = np.zeros((n_layers - 1, len(self.kinds), len(self.kinds)), np.int64)
+        self.passage: tuple[np.ndarray, ...] = ()
+        self.scores: dict[str, Scores] = {}
+
+    @property
+    def domains(self) -> list[str]:
+        return list(self.passages.sums)
+
+    @property
+    def layers(self) -> range:
+        """As people count them, from 1."""
+        return range(1, self.n_layers + 1)
+
+    @property
+    def frequent_tokens(self) -> np.ndarray:
+        """Ids of tokens of text that occur often enough."""
+        has_text_V = np.array([bool(text) for text in self.texts_V])
+        return np.flatnonzero(has_text_V & (self.token_n >= self.min_count))
 
     def add(
         self,
@@ -76,12 +101,15 @@ class RoutingCounts:
         self.flow_Lkk += np.einsum("bsli,bslj->lij", kinds_BSLk[:, :, :-1], kinds_BSLk[:, :, 1:])
 
         ffn_BSL = kinds_BSLk[..., 0]
+        if not self.passage:
+            first_S = valid_BS[0] & (np.arange(valid_BS.shape[1]) < PASSAGE)
+            self.passage = tokens_BS[0, first_S], ffn_BSL[0, first_S]
         ffn_BS = ffn_BSL.sum(-1)
         np.add.at(self.token_n, tokens_BS[valid_BS], 1)
         np.add.at(self.token_ffn, tokens_BS[valid_BS], ffn_BS[valid_BS])
         np.add.at(self.token_ffn_squared, tokens_BS[valid_BS], ffn_BS[valid_BS] ** 2)
 
-        in_class_BSC = (classes_BS[..., None] == np.arange(self.n_classes)) & valid_BS[..., None]
+        in_class_BSC = (classes_BS[..., None] == np.arange(len(CLASSES))) & valid_BS[..., None]
         sums = (
             valid_BS.sum(1),
             chosen_BSLE.sum(1),
@@ -94,7 +122,7 @@ class RoutingCounts:
 
     def sums(self, flat_DX: np.ndarray) -> "Sums":
         """Sums over passages, (…, D, X), by their names."""
-        L, E, C, before = self.n_layers, self.moe.n_experts, self.n_classes, flat_DX.shape[:-1]
+        L, E, C, before = self.n_layers, self.moe.n_experts, len(CLASSES), flat_DX.shape[:-1]
         n, chosen, products, class_n, class_ffn = np.split(flat_DX, np.cumsum([1, L * E, L * L, C]), axis=-1)
         chosen_DLE, products_DLL = chosen.reshape(*before, L, E), products.reshape(*before, L, L)
         return Sums(self.kinds, n[..., 0], chosen_DLE, products_DLL, class_n, class_ffn)

@@ -30,7 +30,6 @@ from moepp.study.figures.parts_of_speech import (
     open_tagger,
     token_texts,
 )
-from moepp.study.figures.picture import Measurements
 from moepp.study.figures.routing_stats import MOST_PASSAGES, Passages, RoutingCounts, Scores, Sums
 from moepp.study.style import KIND_COLOURS
 from moepp.text.corpus_list import Wheel
@@ -54,7 +53,7 @@ PICTURES = {
 def test_counts_are_those_of_a_naive_loop() -> None:
     moe, L, V, B, S = MoEConfig(n_ffn=3, n_const=2), 3, 11, 4, 6
     rng = np.random.default_rng(0)
-    counts = RoutingCounts(moe, L, len(CLASSES), V)
+    counts = RoutingCounts(moe, L, [""] * V)
     seen = []  # (domain, token, class, experts of each layer) of every token
     for _ in range(3):
         domains = [str(name) for name in rng.choice(["a", "b"], B)]
@@ -139,7 +138,7 @@ def test_passages_are_consecutive_and_few_however_long_the_text() -> None:
 def counted(rates: list[float], n_windows: int, seed: int) -> Bootstrap:
     """Two layers, an FFN and a zero expert, one choice: in domain d a token takes the FFN expert at rates[d]."""
     rng = np.random.default_rng(seed)
-    counts = RoutingCounts(MoEConfig(n_ffn=1, n_const=0, n_copy=0, top_k=1), 2, len(CLASSES), 2)
+    counts = RoutingCounts(MoEConfig(n_ffn=1, n_const=0, n_copy=0, top_k=1), 2, ["a", "b"])
     for d, rate in enumerate(rates):
         experts = (rng.random((n_windows, 16, 2, 1)) > rate).astype(int)
         nothing = np.full((n_windows, 16), NONE)
@@ -178,12 +177,11 @@ def test_a_difference_that_would_count_is_not_denied_for_want_of_text(high: floa
 
 
 def test_a_kind_that_the_first_layer_does_not_use_stays_in_the_pathway() -> None:
-    counts = RoutingCounts(MoEConfig(n_ffn=2, n_const=0), 3, len(CLASSES), 2)  # experts 0 and 1, copy 2, zero 3
+    counts = RoutingCounts(MoEConfig(n_ffn=2, n_const=0), 3, ["a", "b"])  # experts 0 and 1, copy 2, zero 3
     experts = np.tile([[0, 1], [0, 3], [1, 2]], (1, 16, 1, 1))
     nothing = np.full((1, 16), NONE)
     counts.add(["a"], nothing * 0, nothing, nothing < 0, experts)
-    scores = Scores(3, 2)
-    table, _, _ = pathway.draw(Measurements(counts, {"": scores}, (nothing[0], experts[0, :, :, 0]), [], 2))
+    table, _, _ = pathway.draw(Bootstrap(counts))
     assert [*zip(table["layer"], table["from"], table["to"], strict=True)] == (
         [(layer, a, b) for layer in (1, 2) for a in ("ffn", "copy", "zero") for b in ("ffn", "copy", "zero")]
     )
