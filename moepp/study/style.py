@@ -8,8 +8,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-BLACK, BLUE, ORANGE, GREEN, PINK = "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-COLOURS = [BLACK, BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9", "#7F7F7F"]
+BLACK, BLUE, ORANGE, GREEN, PINK, GREY = "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7F7F7F"
+COLOURS = [BLACK, BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9", GREY]
 KIND_COLOURS = {"ffn": BLUE, "const": "#E69F00", "copy": GREEN, "zero": "#BBBBBB"}  # of experts, everywhere
 STYLE: dict[Any, Any] = {
     "font.size": 10,

@@ -5,13 +5,14 @@ basic bootstrap's, [2θ - θ*(97.5 %), 2θ - θ*(2.5 %)]. A difference between d
 in a resample θ* more so: percentiles of θ* would take that for a finding, mirrored at θ they do not.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from moepp.study.figures.routing_stats import RoutingStats, Sums
+from moepp.study.figures.routing_stats import RoutingCounts, Sums
 
 RESAMPLES, SHUFFLES = 1000, 200
 FEWEST_PASSAGES = 8  # of a domain: below, resampling says nothing
@@ -35,39 +36,42 @@ class Estimate:
     def __getitem__(self, index: Any) -> "Estimate":
         return self.map(lambda array: array[index])
 
-    def columns(self, name: str) -> dict[str, float]:
-        """Of a CSV, for a scalar."""
-        return {name: float(self.value), f"{name}_low": float(self.low), f"{name}_high": float(self.high)}
+    def __str__(self) -> str:
+        """Of a scalar, to three digits."""
+        interval = "(no interval)" if np.isnan(self.low) else f"[{self.low:.3g}, {self.high:.3g}]"
+        return f"{self.value:.3g} {interval}"
+
+    def columns(self, name: str) -> dict[str, np.ndarray]:
+        """Of a table."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
 
 
 class Bootstrap:
-    """Resamples of a text's passages, the same ones for every statistic.
+    """What was counted on a text, and resamples of its passages, the same ones for every statistic.
 
     Attributes:
         sums: over the whole text.
         too_short: domains of too few passages for intervals.
     """
 
-    def __init__(self, stats: RoutingStats, seed: int = 0) -> None:
-        rng = np.random.default_rng(seed)
-        by_domain = {domain: np.array(sums, np.float64) for domain, sums in stats.passages.sums.items()}  # (P, X)
-        self.too_short = [domain for domain, sums_PX in by_domain.items() if len(sums_PX) < FEWEST_PASSAGES]
-        times_drawn_DRP = [
-            rng.multinomial(len(sums_PX), np.full(len(sums_PX), 1 / len(sums_PX)), RESAMPLES)
-            for sums_PX in by_domain.values()
-        ]
-        pairs = zip(times_drawn_DRP, by_domain.values(), strict=True)
-        resampled_RDX = np.stack([times_drawn_RP @ sums_PX for times_drawn_RP, sums_PX in pairs], 1)
-        pool_PX = np.concatenate(list(by_domain.values()))
-        starts_D = np.cumsum([0] + [len(sums_PX) for sums_PX in by_domain.values()])[:-1]
-        shuffled_RDX = np.stack([np.add.reduceat(rng.permutation(pool_PX), starts_D) for _ in range(SHUFFLES)])
-        self.sums = stats.sums(np.stack([sums_PX.sum(0) for sums_PX in by_domain.values()]))
-        self._resampled, self._shuffled = stats.sums(resampled_RDX), stats.sums(shuffled_RDX)
+    def __init__(self, counts: RoutingCounts, seed: int = 0) -> None:
+        self.counts, rng = counts, np.random.default_rng(seed)
+        of_domain = counts.passages.sums
+        self.too_short = [domain for domain, passages in of_domain.items() if len(passages) < FEWEST_PASSAGES]
+        sums_DPX = [np.array(passages, np.float64) for passages in of_domain.values()]
+        sizes_D = [len(sums_PX) for sums_PX in sums_DPX]
+        times_drawn_DRP = [rng.multinomial(size, np.full(size, 1 / size), RESAMPLES) for size in sizes_D]
+        resampled_DRX = [drawn_RP @ sums_PX for drawn_RP, sums_PX in zip(times_drawn_DRP, sums_DPX, strict=True)]
+        pool_PX, starts_D = np.concatenate(sums_DPX), np.cumsum([0, *sizes_D[:-1]])
+        shuffled_RDX = [np.add.reduceat(rng.permutation(pool_PX), starts_D) for _ in range(SHUFFLES)]
+        self.sums = counts.sums(np.stack([sums_PX.sum(0) for sums_PX in sums_DPX]))
+        self.resampled = counts.sums(np.stack(resampled_DRX, 1))
+        self.shuffled = counts.sums(np.stack(shuffled_RDX))
 
     def estimate(self, statistic: Statistic) -> Estimate:
         """The statistic and its interval."""
-        value = statistic(self.sums)
-        high, low = 2 * value - np.quantile(statistic(self._resampled), (0.025, 0.975), axis=0)
+        value = quietly(statistic, self.sums)
+        high, low = 2 * value - np.quantile(quietly(statistic, self.resampled), (0.025, 0.975), axis=0)
         if self.too_short:
             low = high = np.full_like(value, np.nan)
         return Estimate(value, low, high)
@@ -75,11 +79,19 @@ class Bootstrap:
     def above_chance(self, statistic: Statistic) -> Estimate:
         """The same of a difference between domains, less what chance adds to it: as much as resampling adds."""
         estimate = self.estimate(statistic)
-        return Estimate(2 * estimate.value - statistic(self._resampled).mean(0), estimate.low, estimate.high)
+        return Estimate(
+            2 * estimate.value - quietly(statistic, self.resampled).mean(0), estimate.low, estimate.high
+        )
 
-    def shuffled(self, statistic: Statistic) -> np.ndarray:
+    def chance(self, statistic: Statistic) -> np.ndarray:
         """What a difference between domains reaches (97.5 %) where passages are shuffled over domains."""
-        return np.quantile(statistic(self._shuffled), 0.975, axis=0)
+        return np.quantile(quietly(statistic, self.shuffled), 0.975, axis=0)
+
+
+def quietly(statistic: Statistic, sums: Sums) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # that there is nothing to take a mean of: NaN says so
+        return statistic(sums)
 
 
 @dataclass(frozen=True)
@@ -118,7 +130,7 @@ class Finding:
     def row(self) -> dict[str, Any]:
         """Of findings.csv."""
         named = {name: getattr(self, name) for name in ("number", "claim", "measure", "threshold", "holds")}
-        return named | self.estimate.columns("measured")
+        return named | {name: float(bound) for name, bound in self.estimate.columns("measured").items()}
 
 
 def findings(bootstrap: Bootstrap) -> list[Finding]:
@@ -129,9 +141,9 @@ def findings(bootstrap: Bootstrap) -> list[Finding]:
         "Jensen–Shannon divergence of the domains' expert distributions, mean over layers, less chance (bits)",
         bootstrap.above_chance(Sums.divergence),
         SMALLEST_DIVERGENCE,
-        float(bootstrap.shuffled(Sums.divergence)),
+        float(bootstrap.chance(Sums.divergence)),
     )
-    if bootstrap.sums.moe.n_zero_computation == 0:
+    if list(bootstrap.sums.kinds) == ["ffn"]:
         return [divergence]
     return [
         Finding(
@@ -164,7 +176,7 @@ def findings(bootstrap: Bootstrap) -> list[Finding]:
             "variance between domains of FFN experts per token, less chance",
             bootstrap.above_chance(Sums.spread),
             SMALLEST_SPREAD,
-            float(bootstrap.shuffled(Sums.spread)),
+            float(bootstrap.chance(Sums.spread)),
         ),
         Finding(
             4,

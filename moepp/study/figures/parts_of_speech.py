@@ -43,32 +43,29 @@ class PartsOfSpeech:
         # letters on both sides of a seam make one word, also with an apostrophe between ("don" + "'t")
         self.continues_V = np.array([bool(re.match(f"['’]?{LETTER}", text)) for text in texts_V])
         self.ends_open_V = np.array([bool(re.search(f"{LETTER}$", text)) for text in texts_V])
-        self.look_V = [_look(text) for text in texts_V]
+        self.content_V = [content(text) for text in texts_V]
 
     def __call__(self, tokens_S: np.ndarray) -> np.ndarray:
         """(S,) token ids → (S,) indices into CLASSES, or NONE."""
         joined = self.ends_open_V[tokens_S[:-1]] & self.continues_V[tokens_S[1:]]
         first = np.flatnonzero(np.r_[True, ~joined])  # of each piece: a whole word, or a token that is no word
         sizes = np.diff(np.r_[first, len(tokens_S)])
-        looks = [self.look_V[tokens_S[i]] for i in first]
-        pieces = [
-            "".join(self.texts_V[t] for t in tokens_S[i : i + n]).strip()
-            for i, n in zip(first, sizes, strict=True)
-        ]
+        texts = [self.texts_V[token] for token in tokens_S]
+        pieces = ["".join(texts[i : i + size]).strip() for i, size in zip(first, sizes, strict=True)]
         tags = iter(self.tag([piece for piece in pieces if piece]))
-        tag_of = [next(tags) if piece else "" for piece in pieces]
-        classes = []
-        for i, (look, size, tag) in enumerate(zip(looks, sizes, tag_of, strict=True)):
-            if look != "word":
-                classes.append(CLASSES.index(look) if look else NONE)
-            elif i in (0, len(looks) - 1):
-                classes.append(NONE)
-            else:
-                classes.append(CLASSES.index(tag if size == 1 else "word fragment"))
-        return np.repeat(classes, sizes)
+        classes = [next(tags) if piece else "" for piece in pieces]
+        for i, size in enumerate(sizes):
+            if (found := self.content_V[tokens_S[first[i]]]) != "word":
+                classes[i] = found
+            elif i in (0, len(pieces) - 1):
+                classes[i] = ""
+            elif size > 1:
+                classes[i] = "word fragment"
+        return np.repeat([CLASSES.index(name) if name else NONE for name in classes], sizes)
 
 
-def _look(text: str) -> str:
+def content(text: str) -> str:
+    """A token's class as far as its letters tell, `word` where words must be tagged, or "" for none."""
     if re.search(LETTER, text):
         return "word"
     if not text.strip():
@@ -100,7 +97,7 @@ def open_tagger(name: str) -> Tagger:
         with ZipFile(LEXICON.path).open("textblob/en/en-lexicon.txt") as lines:
             return lexicon_tagger(line.decode() for line in lines)
     if name.startswith("spacy:"):
-        return _spacy_tagger(name.removeprefix("spacy:"))
+        return spacy_tagger(name.removeprefix("spacy:"))
     raise InputError(f"tagger: must be lexicon or spacy:MODEL, not {name!r}")
 
 
@@ -115,7 +112,7 @@ def lexicon_tagger(lines: Iterable[str]) -> Tagger:
     return tag
 
 
-def _spacy_tagger(model: str) -> Tagger:
+def spacy_tagger(model: str) -> Tagger:
     try:
         import spacy
         from spacy.tokens import Doc

@@ -1,8 +1,8 @@
 """What routers decide, counted in one pass: memory does not grow with the text.
 
-B windows of S tokens, L layers, E experts, K choices a token, D domains, C parts of speech, V vocabulary.
-A token's FFN count is how many FFN experts are among its K choices. Counts are whole numbers, so that sums do not
-depend on their order.
+B windows of S tokens, L layers, E experts of k kinds, K choices a token, D domains, C parts of speech, V tokens of
+the vocabulary. A token's FFN count is how many FFN experts are among its K choices. Counts are whole numbers, so
+that sums do not depend on their order.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,10 @@ import numpy as np
 from scipy.special import entr
 
 from moepp.model import MoEConfig
+from moepp.study.figures.parts_of_speech import CLASSES
 
 MOST_PASSAGES = 128  # of a domain
+PASSAGE = 200  # tokens of the text's beginning that are kept
 SCORE_BINS = 100
 
 
@@ -43,21 +45,46 @@ class Passages:
                 self.sums[name] = [np.sum(passages[i : i + 2], axis=0) for i in range(0, len(passages), 2)]
 
 
-class RoutingStats:
-    """All that is counted of a model but its scores.
+class RoutingCounts:
+    """All that is counted of a model on one text.
+
+    Args:
+        texts_V: the text of each token.
+        min_count: tokens that occur less often are not frequent.
 
     Attributes:
+        kinds: where the experts of each kind stand, of the kinds that the model has, FFN experts first.
         passages: of flat vectors, which `sums` reads.
         token_n, token_ffn, token_ffn_squared: (V,) occurrences, and sums of the FFN count over layers.
-        flow: (L - 1, 4, 4) from kinds of experts to kinds in the next layer, K² for every token: its K choices go
-            to the K of the next layer in equal parts.
+        flow_Lkk: from kinds of experts in all layers but the last to kinds in the next, K² for every token: its K
+            choices go to the K of the next layer in equal parts.
+        passage: token ids (S,) and FFN counts (S, L) of the text's beginning.
+        scores: by model; of this one first.
     """
 
-    def __init__(self, moe: MoEConfig, n_layers: int, n_classes: int, vocab_size: int) -> None:
-        self.moe, self.n_layers, self.n_classes = moe, n_layers, n_classes
+    def __init__(self, moe: MoEConfig, n_layers: int, texts_V: list[str], min_count: int = 2) -> None:
+        self.moe, self.n_layers, self.texts_V, self.min_count = moe, n_layers, texts_V, min_count
+        self.kinds = {kind: where for kind, where in moe.kinds.items() if where.stop > where.start}
         self.passages = Passages()
-        self.token_n, self.token_ffn, self.token_ffn_squared = np.zeros((3, vocab_size), np.int64)
-        self.flow = np.zeros((n_layers - 1, len(moe.kinds), len(moe.kinds)), np.int64)
+        self.token_n, self.token_ffn, self.token_ffn_squared = np.zeros((3, len(texts_V)), np.int64)
+        self.flow_Lkk = np.zeros((n_layers - 1, len(self.kinds), len(self.kinds)), np.int64)
+        self.passage: tuple[np.ndarray, ...] = ()
+        self.scores: dict[str, Scores] = {}
+
+    @property
+    def domains(self) -> list[str]:
+        return list(self.passages.sums)
+
+    @property
+    def layers(self) -> range:
+        """As people count them, from 1."""
+        return range(1, self.n_layers + 1)
+
+    @property
+    def frequent_tokens(self) -> np.ndarray:
+        """Ids of tokens of text that occur often enough."""
+        has_text_V = np.array([bool(text) for text in self.texts_V])
+        return np.flatnonzero(has_text_V & (self.token_n >= self.min_count))
 
     def add(
         self,
@@ -70,16 +97,19 @@ class RoutingStats:
         """Count B windows. A class below 0 is none; what is not `valid` is padding."""
         chosen_BSLE = (experts_BSLK[..., None] == np.arange(self.moe.n_experts)).sum(-2)
         chosen_BSLE *= valid_BS[..., None, None]
-        kinds_BSLk = np.stack([chosen_BSLE[..., where].sum(-1) for where in self.moe.kinds.values()], -1)
-        self.flow += np.einsum("bsli,bslj->lij", kinds_BSLk[:, :, :-1], kinds_BSLk[:, :, 1:])
+        kinds_BSLk = np.stack([chosen_BSLE[..., where].sum(-1) for where in self.kinds.values()], -1)
+        self.flow_Lkk += np.einsum("bsli,bslj->lij", kinds_BSLk[:, :, :-1], kinds_BSLk[:, :, 1:])
 
         ffn_BSL = kinds_BSLk[..., 0]
+        if not self.passage:
+            first_S = valid_BS[0] & (np.arange(valid_BS.shape[1]) < PASSAGE)
+            self.passage = tokens_BS[0, first_S], ffn_BSL[0, first_S]
         ffn_BS = ffn_BSL.sum(-1)
         np.add.at(self.token_n, tokens_BS[valid_BS], 1)
         np.add.at(self.token_ffn, tokens_BS[valid_BS], ffn_BS[valid_BS])
         np.add.at(self.token_ffn_squared, tokens_BS[valid_BS], ffn_BS[valid_BS] ** 2)
 
-        in_class_BSC = (classes_BS[..., None] == np.arange(self.n_classes)) & valid_BS[..., None]
+        in_class_BSC = (classes_BS[..., None] == np.arange(len(CLASSES))) & valid_BS[..., None]
         sums = (
             valid_BS.sum(1),
             chosen_BSLE.sum(1),
@@ -92,19 +122,20 @@ class RoutingStats:
 
     def sums(self, flat_DX: np.ndarray) -> "Sums":
         """Sums over passages, (…, D, X), by their names."""
-        L, E, C = self.n_layers, self.moe.n_experts, self.n_classes
+        L, E, C, before = self.n_layers, self.moe.n_experts, len(CLASSES), flat_DX.shape[:-1]
         n, chosen, products, class_n, class_ffn = np.split(flat_DX, np.cumsum([1, L * E, L * L, C]), axis=-1)
-        before = flat_DX.shape[:-1]
-        return Sums(
-            self.moe, n[..., 0], chosen.reshape(*before, L, E), products.reshape(*before, L, L), class_n, class_ffn
-        )
+        chosen_DLE, products_DLL = chosen.reshape(*before, L, E), products.reshape(*before, L, L)
+        return Sums(self.kinds, n[..., 0], chosen_DLE, products_DLL, class_n, class_ffn)
 
 
 @dataclass(frozen=True)
 class Sums:
     """Sums over tokens, by domain, and the statistics on them. In all shapes, resamples may stand before D.
 
+    Where there is nothing to take a mean or a variance of, a statistic is NaN, and numpy warns.
+
     Attributes:
+        kinds: where the experts of each kind stand.
         n_D: tokens.
         chosen_DLE: tokens that chose the expert.
         products_DLL: FFN count in one layer times that in another.
@@ -112,7 +143,7 @@ class Sums:
         class_ffn_DC: FFN count of the class, over all layers.
     """
 
-    moe: MoEConfig
+    kinds: dict[str, slice]
     n_D: np.ndarray
     chosen_DLE: np.ndarray
     products_DLL: np.ndarray
@@ -121,8 +152,8 @@ class Sums:
 
     @cached_property
     def ffn_DL(self) -> np.ndarray:
-        """(D, L) FFN experts per token."""
-        return self.chosen_DLE[..., self.moe.kinds["ffn"]].sum(-1) / self.n_D[..., None]
+        """FFN experts per token."""
+        return self.chosen_DLE[..., self.kinds["ffn"]].sum(-1) / self.n_D[..., None]
 
     def ffn_by_layer(self) -> np.ndarray:
         """(D, L + 1) FFN experts per token, the mean over layers last."""
@@ -130,24 +161,24 @@ class Sums:
 
     def ffn_by_class(self) -> np.ndarray:
         """(C,) FFN experts per token, mean over layers and all domains; NaN for a class that does not occur."""
-        n_C = self.class_n_DC.sum(-2) * self.chosen_DLE.shape[-2]
-        return np.divide(self.class_ffn_DC.sum(-2), n_C, out=np.full(n_C.shape, np.nan), where=n_C > 0)
+        return self.class_ffn_DC.sum(-2) / (self.class_n_DC.sum(-2) * self.chosen_DLE.shape[-2])
 
     def activations(self) -> np.ndarray:
-        """(D, 4) share of tokens that choose an expert of the kind, mean over its experts and layers."""
+        """(D, k) share of tokens that choose an expert of the kind, mean over its experts and layers."""
         share_DE = self.chosen_DLE.mean(-2) / self.n_D[..., None]
-        return np.stack([_mean(share_DE[..., where]) for where in self.moe.kinds.values()], -1)
+        return np.stack([share_DE[..., where].mean(-1) for where in self.kinds.values()], -1)
 
     def zero_excess(self) -> np.ndarray:
-        """() The same of zero experts, less that of the next most active kind, over all domains."""
+        """() The same of zero experts, less that of the most active other kind; NaN without zero experts."""
         share_E = self.chosen_DLE.sum(-3).mean(-2) / self.n_D.sum(-1)[..., None]
-        *others, zero = (_mean(share_E[..., where]) for where in self.moe.kinds.values())
-        return zero - np.fmax.reduce(others)
+        share = {kind: share_E[..., where].mean(-1) for kind, where in self.kinds.items()}
+        zero = share.pop("zero", np.full(share_E.shape[:-1], np.nan))
+        return zero - np.max(list(share.values()), axis=0)
 
     def correlation(self) -> np.ndarray:
         """(L, L) correlation between tokens of the FFN counts in two layers; NaN where one is constant."""
         n = self.n_D.sum(-1)[..., None, None]
-        mean_L1 = self.chosen_DLE[..., self.moe.kinds["ffn"]].sum((-1, -3))[..., None] / n
+        mean_L1 = self.chosen_DLE[..., self.kinds["ffn"]].sum((-1, -3))[..., None] / n
         covariance_LL = self.products_DLL.sum(-3) / n - mean_L1 * mean_L1.swapaxes(-1, -2)
         variance_L = np.diagonal(covariance_LL, axis1=-2, axis2=-1)
         sd_L = np.sqrt(np.where(variance_L > 1e-9, variance_L, np.nan))
@@ -155,7 +186,7 @@ class Sums:
 
     def adjacent_correlation(self) -> np.ndarray:
         """() Its mean over pairs of adjacent layers."""
-        return _mean(np.diagonal(self.correlation(), 1, -2, -1))
+        return np.diagonal(self.correlation(), 1, -2, -1).mean(-1)
 
     def adjacent_correlation_of_domains(self) -> np.ndarray:
         """() The same of FFN experts per token, between domains instead of tokens; NaN below three domains."""
@@ -163,30 +194,30 @@ class Sums:
             return np.full(self.ffn_DL.shape[:-2], np.nan)
         z_DL = self.ffn_DL - self.ffn_DL.mean(-2, keepdims=True)
         z_DL = z_DL / np.sqrt((z_DL**2).sum(-2, keepdims=True))
-        return _mean((z_DL[..., 1:] * z_DL[..., :-1]).sum(-2))
+        return (z_DL[..., 1:] * z_DL[..., :-1]).sum(-2).mean(-1)
 
     def adjacent_excess(self) -> np.ndarray:
         """() adjacent_correlation, less its mean over pairs of layers further apart."""
         i, j = np.triu_indices(self.chosen_DLE.shape[-2], 2)
-        return self.adjacent_correlation() - _mean(self.correlation()[..., i, j])
+        return self.adjacent_correlation() - self.correlation()[..., i, j].mean(-1)
 
     def spread_by_layer(self) -> np.ndarray:
-        """(L,) variance between domains of FFN experts per token."""
-        return _variance(self.ffn_DL.swapaxes(-1, -2))
+        """(L,) variance between domains of FFN experts per token; NaN of one domain."""
+        return self.ffn_DL.var(-2, ddof=1)
 
     def outer_excess(self) -> np.ndarray:
         """() spread_by_layer of the first and last layer, less that of those between."""
         spread_L = self.spread_by_layer()
-        return _mean(spread_L[..., [0, -1]]) - _mean(spread_L[..., 1:-1])
+        return spread_L[..., [0, -1]].mean(-1) - spread_L[..., 1:-1].mean(-1)
 
     def spread(self) -> np.ndarray:
         """() Variance between domains of FFN experts per token, mean over layers."""
-        return _variance(self.ffn_DL.mean(-1))
+        return self.ffn_DL.mean(-1).var(-1, ddof=1)
 
     def divergence_by_layer(self) -> np.ndarray:
         """(L,) Jensen–Shannon divergence of the domains' expert distributions, in bits, domains weighing the same.
 
-        It is what one choice of expert tells of the domain: 0 where all are alike.
+        It is what one choice of expert tells of the domain: 0 where all are alike; NaN of one domain.
         """
         p_DLE = self.chosen_DLE / self.chosen_DLE.sum(-1, keepdims=True)
         if p_DLE.shape[-3] < 2:
@@ -196,16 +227,6 @@ class Sums:
     def divergence(self) -> np.ndarray:
         """() Its mean over layers."""
         return self.divergence_by_layer().mean(-1)
-
-
-def _mean(x: np.ndarray) -> np.ndarray:
-    """Over the last axis; NaN, in silence, of nothing."""
-    return x.mean(-1) if x.shape[-1] else np.full(x.shape[:-1], np.nan)
-
-
-def _variance(x: np.ndarray) -> np.ndarray:
-    """Of a sample, over the last axis; NaN, in silence, below two values."""
-    return x.var(-1, ddof=1) if x.shape[-1] > 1 else np.full(x.shape[:-1], np.nan)
 
 
 class Scores:

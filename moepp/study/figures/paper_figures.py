@@ -1,0 +1,221 @@
+"""The paper's figures 4 to 6: expert load by domain, FFN experts by token and part of speech, routing scores."""
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.patches import Rectangle
+
+from moepp.study.figures.drawing import FFN_COLOUR, PER_TOKEN, legend_of_kinds, whiskers, whiskers_by_name
+from moepp.study.figures.findings import Bootstrap, Estimate
+from moepp.study.figures.parts_of_speech import CLASSES
+from moepp.study.figures.picture import Drawn, combinations, no_kinds, picture
+from moepp.study.figures.routing_stats import SCORE_BINS, Sums
+from moepp.study.style import BLACK, KIND_COLOURS, PINK
+
+FFN_SHADES = LinearSegmentedColormap.from_list("ffn", ["#FFFFFF", FFN_COLOUR])
+NAMED = 15  # tokens from either end of the order
+RANKS = ("highest", "second-highest")
+
+
+@picture("expert load by domain", "Expert load by domain (the paper's figure 4)")
+def load(measured: Bootstrap) -> Drawn:
+    """A panel for each layer, their mean first: experts per token as a stack, one segment an expert."""
+    counts, sums, domains = measured.counts, measured.sums, measured.counts.domains
+    kind_E = [kind for kind, where in counts.kinds.items() for _ in range(where.start, where.stop)]
+    panels = ["all layers, mean", *(f"layer {layer}" for layer in counts.layers)]
+    chosen_LDE = (sums.chosen_DLE / sums.n_D[:, None, None]).swapaxes(0, 1)
+    chosen_PDE = np.concatenate([chosen_LDE.mean(0, keepdims=True), chosen_LDE])
+    ffn_PD = measured.estimate(Sums.ffn_by_layer).map(lambda ffn_DL: np.roll(ffn_DL, 1, axis=-1).T)
+    table = combinations(layers=panels, domain=domains, expert=range(len(kind_E))).assign(
+        kind=kind_E * (len(panels) * len(domains)),
+        experts_per_token=chosen_PDE.ravel(),
+        **ffn_PD.map(lambda ffn_PD: ffn_PD.repeat(len(kind_E))).columns("ffn_per_token"),
+    )
+    ffn_D, ffn_L = ffn_PD.value[0], ffn_PD.value[1:].mean(1)
+    sentence = (
+        f"Of {counts.moe.top_k} experts per token, {ffn_D.min():.2f} are FFN experts in "
+        f"{domains[ffn_D.argmin()]} and {ffn_D.max():.2f} in {domains[ffn_D.argmax()]}; layers "
+        f"range from {ffn_L.min():.2f} to {ffn_L.max():.2f}."
+    )
+    if no_kinds(measured):
+        busiest = (chosen_LDE.max(-1) / chosen_LDE.mean(-1)).max()
+        sentence = f"The busiest FFN expert of a layer and domain has up to {busiest:.1f} times the mean load."
+
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (1.2 + columns * max(1.9, 0.36 * len(domains)), 0.9 + 2.6 * rows)
+    figure, grid = plt.subplots(rows, columns, figsize=size, sharey=True, sharex=True, squeeze=False)
+    x = np.arange(len(domains))
+    for i, panel in enumerate(panels):
+        axes = grid.flat[i]
+        bottom_DE = chosen_PDE[i].cumsum(-1) - chosen_PDE[i]
+        for kind, height_D, bottom_D in zip(kind_E, chosen_PDE[i].T, bottom_DE.T, strict=True):
+            axes.bar(x, height_D, 0.8, bottom_D, color=KIND_COLOURS[kind], edgecolor="white", linewidth=0.6)
+        whiskers(axes, x, ffn_PD[i], fmt="o-")
+        axes.set_title(panel, fontsize=10)
+        axes.set_xticks(x, domains, rotation=40, ha="right", rotation_mode="anchor")
+        axes.tick_params(labelbottom=i + columns >= len(panels))
+        axes.grid(axis="x", visible=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("experts per token")
+    line = plt.Line2D([], [], color=BLACK, marker="o", markersize=4)
+    legend_of_kinds(figure, counts.kinds, **{PER_TOKEN: line})
+    return table, sentence, figure
+
+
+def too_rare(measured: Bootstrap) -> str:
+    counts = measured.counts
+    return "" if len(counts.frequent_tokens) else f"no token occurs {counts.min_count} times: lower --min_count"
+
+
+def no_words(measured: Bootstrap) -> str:
+    return "" if measured.sums.class_n_DC.any() else "no word was tagged"
+
+
+@picture("FFN experts by token", "FFN experts per token, by token (figure 5)", no_kinds, too_rare)
+def tokens(measured: Bootstrap) -> Drawn:
+    """All tokens in the order of their mean, largest first, and the first and last by name."""
+    counts = measured.counts
+    ids, L = counts.frequent_tokens, counts.n_layers
+    n = counts.token_n[ids]
+    mean = counts.token_ffn[ids] / (n * L)
+    variance = np.maximum(0, (counts.token_ffn_squared[ids] / L**2 - n * mean**2) / (n - 1))
+    half = 1.96 * np.sqrt(variance / n)  # over the occurrences of the token
+    order = np.lexsort((ids, -n, -mean))  # the most frequent first among equals
+    ids, n, ffn = ids[order], n[order], Estimate(mean, mean - half, mean + half)[order]
+    labels = [visible(counts.texts_V[i]) for i in ids]
+    rank = np.arange(1, len(ids) + 1)
+    table = pd.DataFrame({"rank": rank, "token": labels, "id": ids, "count": n, **ffn.columns("ffn_per_token")})
+    sentence = (
+        f"Of {len(ids):,} tokens that occur {counts.min_count} times or more, “{labels[0]}” takes most FFN "
+        f"experts ({ffn.value[0]:.2f}) and “{labels[-1]}” least ({ffn.value[-1]:.2f}); half lie between "
+        f"{np.quantile(ffn.value, 0.25):.2f} and {np.quantile(ffn.value, 0.75):.2f}. · is a space, ↵ a line end."
+    )
+
+    size = (10.5, 1.0 + 0.24 * min(NAMED, len(ids)))
+    figure, (every, most, least) = plt.subplots(1, 3, figsize=size, width_ratios=(1.3, 1, 1))
+    every.fill_between(rank, ffn.low, ffn.high, color=FFN_COLOUR, alpha=0.3, linewidth=0)
+    every.plot(rank, ffn.value, color=FFN_COLOUR, linewidth=2)
+    every.set(xlabel="tokens, from most FFN experts to least", ylabel=f"{PER_TOKEN}, mean and 95 %")
+    for axes, where, title in ((most, slice(NAMED), "most"), (least, slice(-NAMED, None), "least")):
+        names = [label[:11] + "…" * (len(label) > 11) for label in labels[where]]
+        whiskers_by_name(axes, names, ffn[where], fmt="o", color=FFN_COLOUR)
+        for name in axes.get_yticklabels():
+            name.set(family="monospace", parse_math=False)
+        for row, count in enumerate(n[where]):
+            axes.text(1.02, row, f"×{count:,}", va="center", fontsize=8, transform=axes.get_yaxis_transform())
+        axes.set(xlim=every.get_ylim(), xlabel=PER_TOKEN)
+        axes.set_title(title, fontsize=10)
+    return table, sentence, figure
+
+
+@picture("parts of speech", "FFN experts per token, by part of speech (figure 5)", no_kinds, no_words)
+def parts_of_speech(measured: Bootstrap) -> Drawn:
+    count_C = measured.sums.class_n_DC.sum(0).astype(int)
+    found = np.flatnonzero(count_C)
+    names, count = [CLASSES[c] for c in found], count_C[found]
+    ffn = measured.estimate(Sums.ffn_by_class)[found]
+    table = pd.DataFrame({"part_of_speech": names, "count": count, **ffn.columns("ffn_per_token")})
+    order = ", ".join(f"{names[i]} {ffn.value[i]:.2f}" for i in np.argsort(-ffn.value))
+    sentence = (
+        f"FFN experts per token fall in the order {order} "
+        "(in the paper verbs take most, then nouns, and word fragments least)."
+    )
+    figure, axes = plt.subplots(figsize=(6.5, 0.9 + 0.34 * len(names)))
+    axes.barh(range(len(names)), ffn.value, 0.7, color=FFN_COLOUR)
+    whiskers_by_name(axes, [f"{name} (n = {n:,})" for name, n in zip(names, count, strict=True)], ffn, fmt="none")
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(f"{PER_TOKEN}, mean and 95 %")
+    return table, sentence, figure
+
+
+@picture("a passage of text", "A passage, shaded by FFN experts", no_kinds)
+def passage(measured: Bootstrap) -> Drawn:
+    """The text with each token shaded by its FFN count, the mean over layers."""
+    counts, (ids, ffn_SL) = measured.counts, measured.counts.passage
+    texts, ffn_S, top_k = [counts.texts_V[i] for i in ids], ffn_SL.mean(1), counts.moe.top_k
+    table = pd.DataFrame(ffn_SL, columns=[f"layer_{layer}" for layer in counts.layers])
+    table.insert(0, "position", range(len(ids)))
+    table.insert(1, "token", [visible(text) for text in texts])
+    sentence = (
+        f"The text begins so ({counts.domains[0]}): its tokens take {ffn_S.mean():.2f} FFN experts on average, "
+        f"from {ffn_S.min():.2f} to {ffn_S.max():.2f}. The darker, the more."
+    )
+
+    columns, size, line, column = 92, 9.0, 0, 0
+    cells = []  # (line, column, text, share of FFN experts)
+    for text, ffn in zip(texts, ffn_S, strict=True):
+        printed = visible(text).replace("·", " ")
+        if column + len(printed) > columns:
+            line, column = line + 1, 0
+        cells.append((line, column, printed, ffn / top_k))
+        column += len(printed)
+        if text.endswith("\n"):
+            line, column = line + 1, 0
+    width, height = size * 0.602 / 72, size * 1.9 / 72  # of a character of DejaVu Sans Mono, and of a line, inches
+    figure, axes = plt.subplots(figsize=(columns * width + 1.2, (line + 1) * height + 0.3))
+    font: dict[str, Any] = {"family": "monospace", "fontsize": size, "va": "center", "parse_math": False}
+    for line, column, printed, share in cells:
+        axes.add_patch(Rectangle((column, line), len(printed) - 0.1, 0.86, color=FFN_SHADES(share), linewidth=0))
+        axes.text(column, line + 0.45, printed, color="white" if share > 0.85 else BLACK, **font)
+    axes.set(xlim=(0, columns), ylim=(cells[-1][0] + 1, 0))
+    axes.axis("off")
+    shades = plt.cm.ScalarMappable(plt.Normalize(0, top_k), FFN_SHADES)
+    figure.colorbar(shades, ax=axes, label="FFN experts\n(mean over layers)", aspect=12, shrink=0.9, pad=0.01)
+    return table, sentence, figure
+
+
+@picture("routing scores", "Routing scores (figure 6)")
+def scores(measured: Bootstrap) -> Drawn:
+    """Of the highest and the second-highest score: its density, of one or two checkpoints."""
+    scores_of, tables, sentence = measured.counts.scores, [], ""
+    bins = [f"tokens_from_{b / SCORE_BINS:.2f}" for b in range(SCORE_BINS)]
+    for name, of_model in scores_of.items():
+        L, n_ranks, _ = of_model.histogram.shape
+        parts = {"all": slice(None)} | {str(i + 1): slice(i, i + 1) for i in range(L)}
+        table = combinations(checkpoint=[name], layer=list(parts), rank=range(1, n_ranks + 1))
+        moments = np.concatenate([of_model.moments(part) for part in parts.values()])
+        table[["mean", "variance", "least", "largest"]] = moments
+        histogram = np.concatenate([of_model.histogram[part].sum(0) for part in parts.values()])
+        tables.append(table.join(pd.DataFrame(histogram, columns=bins)))
+        each = [
+            f"the {rank} score has mean {mean:.3f}, variance {variance:.4f}, range {least:.2f} to {largest:.2f}"
+            for rank, (mean, variance, least, largest) in zip(RANKS, of_model.moments(), strict=False)
+        ]
+        sentence += f"{name}: {'; '.join(each)}. "
+    if len(scores_of) > 1:
+        ours, theirs = (of_model.moments()[:, 1] for of_model in scores_of.values())
+        ratios = " and ".join(f"{a / b:.2f}" for a, b in zip(ours, theirs, strict=False))
+        sentence += f"The variances of the first are {ratios} times those of the other."
+
+    n_ranks = next(iter(scores_of.values())).histogram.shape[1]
+    figure, grid = plt.subplots(1, n_ranks, figsize=(4.6 * n_ranks, 3.2), squeeze=False)
+    lines = ((BLACK, "-"), (PINK, "--"))
+    for (name, of_model), (colour, line) in zip(scores_of.items(), lines, strict=False):
+        count_RX = of_model.histogram.sum(0)
+        density_RX = count_RX / (count_RX.sum(-1, keepdims=True) / SCORE_BINS)
+        for axes, density_X in zip(grid[0], density_RX, strict=False):
+            edges = np.linspace(0, 1, SCORE_BINS + 1)
+            axes.stairs(density_X, edges, color=colour, linestyle=line, linewidth=1.8, label=name)
+    for axes, rank, largest in zip(grid[0], RANKS, (1, 0.5), strict=False):  # the second is never above a half
+        axes.set(xlabel="softmax probability of the expert", xlim=(0, largest + 0.01))
+        axes.set_title(f"{rank} score", fontsize=10)
+    grid[0, 0].set_ylabel("density over tokens and layers")
+    if len(scores_of) > 1:
+        handles, names = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=len(names))
+    return pd.concat(tables), sentence.strip(), figure
+
+
+def visible(text: str) -> str:
+    """A token's text, with white space that can be seen."""
+    spaced = text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else "\ufffd" for c in spaced) or "▪"
+
+
+PICTURES = [load, tokens, parts_of_speech, passage, scores]
