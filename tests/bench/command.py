@@ -5,6 +5,7 @@
     layers.py   the layer: limits, τ, zero-computation experts, growth
     steps.py    the training step: peers, memory, MFU, data, start-up
     results.py  targets, table, CSV
+    plots.py    the picture
 
 All functions that a row compares take turns in one process; a row is the median over rounds of their ratio within
 a round. Outputs are compared before anything is timed (peers.check). Data are random.
@@ -25,9 +26,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from moepp.model import InputError
-from moepp.study.compare import plots
 from moepp.system.machine import keep_freed_memory, quiet_lightning
-from tests.bench import layers, results, steps
+from tests.bench import layers, plots, results, steps
 from tests.bench.peers import NotEqual
 from tests.bench.setting import SIZES, Row, Setting
 

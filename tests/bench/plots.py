@@ -1,0 +1,78 @@
+"""The bench's picture: bench.png."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import matplotlib.ticker
+import numpy as np
+from matplotlib.axes import Axes
+
+from moepp.study.style import BLACK, BLUE, GREEN, ORANGE, PINK, STYLE, save
+from tests.bench.setting import Row
+
+
+def bench(path: Path, rows: Sequence[Row]) -> None:
+    """Four panels: speed-up by τ, share of the limit, tokens/s of training steps, growth."""
+    with plt.rc_context(STYLE):
+        figure, ((by_tau, steps), (limits, growth)) = plt.subplots(2, 2, figsize=(12, 8))
+        measured = [row for row in rows if row.value is not None]
+        for passes, colour in (("forward", ORANGE), ("forward + backward", BLUE)):
+            chosen = [row for row in measured if row.section == "tau" and row.name.endswith(f", {passes}")]
+            points(by_tau, [number_in(row.name) for row in chosen], chosen, colour, passes)
+        taus = [number_in(row.name) for row in chosen]
+        by_tau.plot(taus, [row.ideal for row in chosen], color="#7F7F7F", linestyle="--", label="ideal")
+        paper = [row.paper * row.ideal for row in chosen if row.paper and row.ideal]
+        by_tau.plot(taus, paper, color=PINK, linestyle=":", marker="s", label="paper, 0.6B (forward)")
+        by_tau.set_yscale("log")
+        by_tau.set_yticks([1, 1.5, 2, 3, 4, 6], ["1×", "1.5×", "2×", "3×", "4×", "6×"])
+        by_tau.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        by_tau.set_xlabel("τ")
+        by_tau.set_title("layer: speed-up over vanilla MoE")
+
+        chosen = [row for row in measured if row.section == "step" and row.unit == "tokens/s" and not row.note]
+        bars(steps, chosen, [GREEN if row.name.startswith(("MoE++", "vanilla")) else "#7F7F7F" for row in chosen])
+        steps.set_title("training step: tokens/s")
+        chosen = [row for row in measured if row.section == "layer"]
+        bars(limits, chosen, [BLUE if "backward" in row.name else ORANGE for row in chosen])
+        limits.axvline(1, color=BLACK, linewidth=1)
+        limits.set_title("layer: share of its limit")
+
+        for section, colour in (("tokens", BLACK), ("experts", BLUE), ("constants", PINK)):
+            chosen = [row for row in measured if row.section == section and row.unit.startswith("×")]
+            chosen.sort(key=lambda row: number_in(row.name))
+            points(growth, [number_in(row.name) for row in chosen], chosen, colour, section)
+        growth.set_xscale("log", base=2)
+        growth.set_xticks([1, 4, 16, 64, 1024, 4096, 16384], ["1", "4", "16", "64", "1k", "4k", "16k"])
+        growth.set_ylim(bottom=0)
+        growth.set_title("layer: relative time by size")
+        growth.set_xlabel("number (of tokens: relative time per token)")
+        for axes in (by_tau, growth):
+            axes.legend()
+        save(figure, path)
+
+
+def points(axes: Axes, x: Sequence[float], rows: Sequence[Row], colour: str, label: str) -> None:
+    """Medians with quartiles."""
+    middle = np.array([row.value for row in rows], dtype=float)
+    quartiles = np.array([row.quartiles for row in rows], dtype=float).reshape(-1, 2)
+    spread = [middle - quartiles[:, 0], quartiles[:, 1] - middle]
+    axes.errorbar(x, middle, yerr=spread, color=colour, marker="o", capsize=3, linewidth=2, label=label)
+
+
+def bars(axes: Axes, rows: Sequence[Row], colours: Sequence[str]) -> None:
+    """Medians with quartiles, from top to bottom."""
+    for y, (row, colour) in enumerate(zip(rows, colours, strict=True)):
+        assert row.value is not None
+        assert row.quartiles is not None
+        lower, upper = row.quartiles
+        axes.barh(y, row.value, color=colour, xerr=[[row.value - lower], [upper - row.value]], capsize=2)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+
+
+def number_in(name: str) -> float:
+    """The first number of a row's name: "τ = 0.75, forward" → 0.75."""
+    return float(re.findall(r"[\d,.]+\d|\d", name)[0].replace(",", ""))
