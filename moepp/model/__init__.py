@@ -1,13 +1,16 @@
-"""MoE++ in plain PyTorch: copy this folder into any trainer."""
+"""MoE++ in plain PyTorch: the layer, a transformer of such layers, their loss, and text from them.
 
-from moepp.model.config import MoEConfig, TransformerConfig
-from moepp.model.counts import ParameterCount, count_parameters, flops_per_token
-from moepp.model.errors import InputError
-from moepp.model.loss import linear_cross_entropy, nll_by_token
-from moepp.model.moe import MoELayer
-from moepp.model.released import export_released, load_released
-from moepp.model.router import Routing, mean_load_balance_loss
-from moepp.model.transformer import KVCache, Output, Transformer
+Nothing here knows of a trainer, and nothing but torch and safetensors is imported: copy this folder into yours.
+"""
+
+from .config import MoEConfig, TransformerConfig
+from .counts import ParameterCount, count_parameters, flops_per_token
+from .errors import InputError
+from .loss import linear_cross_entropy, nll_by_token
+from .moe import MoELayer
+from .released import export_released, load_released
+from .router import Routing, mean_load_balance_loss
+from .transformer import KVCache, Output, Transformer
 
 __all__ = [
     "InputError",

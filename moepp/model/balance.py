@@ -8,20 +8,13 @@ import math
 import torch
 from torch import Tensor
 
-from moepp.model.config import MoEConfig
+from .config import MoEConfig
 
 
 def count_assignments(experts_TK: Tensor, n_experts: int) -> Tensor:
     """(E,) int64: how many tokens chose each expert. Deterministic, and without a host sync on CUDA."""
-    one_hot = experts_TK.flatten()[:, None] == torch.arange(n_experts, device=experts_TK.device)
-    return one_hot.sum(0)
-
-
-def inverse(order: Tensor) -> Tensor:
-    """Where in a permutation each number stands: inverse(order)[order[i]] = i."""
-    places = torch.empty_like(order)
-    places[order] = torch.arange(len(order), device=order.device)
-    return places
+    one_hot_EA = torch.arange(n_experts, device=experts_TK.device)[:, None] == experts_TK.flatten()
+    return one_hot_EA.sum(1)
 
 
 def load_balance_loss(probs_TE: Tensor, experts_TK: Tensor, moe: MoEConfig) -> Tensor:
@@ -37,8 +30,8 @@ def load_balance_loss(probs_TE: Tensor, experts_TK: Tensor, moe: MoEConfig) -> T
     return (eta_E * f_E * P_E).sum()
 
 
-def room(moe: MoEConfig, n_tokens: int) -> tuple[int, int]:
-    """Whole assignments that one FFN and one zero-computation expert have room for."""
+def whole_capacities(moe: MoEConfig, n_tokens: int) -> tuple[int, int]:
+    """`moe.capacities`, rounded down to whole assignments."""
     ffn, zero_computation = moe.capacities(n_tokens)
     return math.floor(ffn), math.floor(zero_computation)
 
@@ -50,12 +43,13 @@ def within_capacity(experts_BSK: Tensor, moe: MoEConfig) -> Tensor:
     depends on later tokens, so the model stays causal.
     """
     B, S, K = experts_BSK.shape
-    ffn, zero_computation = room(moe, B * S)
+    ffn, zero_computation = whole_capacities(moe, B * S)
     experts_A = experts_BSK.transpose(0, 1).reshape(-1)  # position first
     order_A = experts_A.argsort(stable=True)  # by expert, within an expert by position
-    count_E = count_assignments(experts_A[:, None], moe.n_experts)
+    count_E = count_assignments(experts_A, moe.n_experts)
     first_E = count_E.cumsum(0) - count_E
-    rank_A = inverse(order_A) - first_E[experts_A]
+    rank_A = torch.empty_like(order_A)
+    rank_A[order_A] = torch.arange(len(order_A), device=order_A.device) - first_E[experts_A[order_A]]
     capacity_E = torch.full_like(count_E, zero_computation)
     capacity_E[moe.kinds["ffn"]] = ffn
     return (rank_A < capacity_E[experts_A]).view(S, B, K).transpose(0, 1)

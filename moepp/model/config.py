@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-from moepp.model.errors import InputError
+from .errors import InputError
 
 LARGEST = 1e9  # of any number here: nobody means more, and float32 would not hold its square's square
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
@@ -12,7 +12,7 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", NoneTy
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """One MoE++ layer's experts, router and balance (DESIGN §2; the paper's §3).
+    """One MoE++ layer's experts, router and balance (arXiv 2410.07348, §3).
 
     Experts are ordered FFN, constant, copy, zero. Vanilla MoE is `n_zero = n_copy = n_const = 0` with
     `gating_residual = False`.
@@ -50,30 +50,24 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         require_types(self, "moe")
-        require(self.n_ffn >= 1, "moe.n_ffn", self.n_ffn, "must be at least 1")
-        for name in ("n_zero", "n_copy", "n_const"):
-            require(getattr(self, name) >= 0, f"moe.{name}", getattr(self, name), "must not be negative")
-        require(self.top_k >= 1, "moe.top_k", self.top_k, "must be at least 1")
-        require(
-            self.top_k <= self.n_experts,
-            "moe.top_k",
-            self.top_k,
-            f"must not exceed the {self.n_experts} experts",
-        )
-        require(self.tau > 0, "moe.tau", self.tau, "must be positive")
-        require(self.balance_weight >= 0, "moe.balance_weight", self.balance_weight, "must not be negative")
-        if self.capacity_factor is not None:
-            require(
-                self.capacity_factor > 0,
-                "moe.capacity_factor",
-                self.capacity_factor,
-                "must be positive, or null for no limit",
-            )
-        require(self.router_depth in (1, 2), "moe.router_depth", self.router_depth, "must be 1 or 2")
-        require(self.scale_expert_input > 0, "moe.scale_expert_input", self.scale_expert_input, "must be positive")
-        if self.logits_norm_std is not None:
-            require(self.logits_norm_std > 0, "moe.logits_norm_std", self.logits_norm_std, "must be positive")
-            require(self.n_experts > 1, "moe.logits_norm_std", self.logits_norm_std, "needs two experts or more")
+        factor, std = self.capacity_factor, self.logits_norm_std
+        rules = [
+            ("n_ffn", self.n_ffn >= 1, "must be at least 1"),
+            ("n_zero", self.n_zero >= 0, "must not be negative"),
+            ("n_copy", self.n_copy >= 0, "must not be negative"),
+            ("n_const", self.n_const >= 0, "must not be negative"),
+            ("top_k", self.top_k >= 1, "must be at least 1"),
+            ("top_k", self.top_k <= self.n_experts, f"must not exceed the {self.n_experts} experts"),
+            ("tau", self.tau > 0, "must be positive"),
+            ("balance_weight", self.balance_weight >= 0, "must not be negative"),
+            ("capacity_factor", factor is None or factor > 0, "must be positive, or null for no limit"),
+            ("router_depth", self.router_depth in (1, 2), "must be 1 or 2"),
+            ("scale_expert_input", self.scale_expert_input > 0, "must be positive"),
+            ("logits_norm_std", std is None or std > 0, "must be positive"),
+            ("logits_norm_std", std is None or self.n_experts > 1, "needs two experts or more"),
+        ]
+        for name, ok, rule in rules:
+            require(ok, f"moe.{name}", getattr(self, name), rule)
 
     @property
     def n_zero_computation(self) -> int:
@@ -148,38 +142,21 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         require_types(self, "transformer")
-        sizes = (
-            "vocab_size",
-            "n_layers",
-            "hidden_size",
-            "intermediate_size",
-            "n_heads",
-            "kv_heads",
-            "context_length",
-        )
-        for name in sizes:
-            require(getattr(self, name) >= 1, f"transformer.{name}", getattr(self, name), "must be at least 1")
-        require(self.rope_theta >= 1, "transformer.rope_theta", self.rope_theta, "must be at least 1")
-        require(self.norm_eps >= 1e-12, "transformer.norm_eps", self.norm_eps, "must be at least 1e-12")
-        require(0 < self.init_std <= 10, "transformer.init_std", self.init_std, "must be positive and at most 10")
-        require(
-            self.hidden_size % self.n_heads == 0,
-            "transformer.n_heads",
-            self.n_heads,
-            f"must divide hidden_size={self.hidden_size}",
-        )
-        require(
-            self.head_dim % 2 == 0,
-            "transformer.n_heads",
-            self.n_heads,
-            f"must leave an even head size for RoPE, not {self.head_dim}",
-        )
-        require(
-            self.n_heads % self.kv_heads == 0,
-            "transformer.n_kv_heads",
-            self.kv_heads,
-            f"must divide n_heads={self.n_heads}",
-        )
+        for field in fields(self):
+            if field.type in (int, int | None):  # n_kv_heads may be null
+                size = getattr(self, field.name)
+                require(size is None or size >= 1, f"transformer.{field.name}", size, "must be at least 1")
+        D, d = self.hidden_size, self.head_dim
+        rules = [
+            ("rope_theta", self.rope_theta >= 1, "must be at least 1"),
+            ("norm_eps", self.norm_eps >= 1e-12, "must be at least 1e-12"),
+            ("init_std", 0 < self.init_std <= 10, "must be positive and at most 10"),
+            ("n_heads", D % self.n_heads == 0, f"must divide hidden_size={D}"),
+            ("n_heads", d % 2 == 0, f"must leave an even head size for RoPE, not {d}"),
+            ("n_kv_heads", self.n_heads % self.kv_heads == 0, f"must divide n_heads={self.n_heads}"),
+        ]
+        for name, ok, rule in rules:
+            require(ok, f"transformer.{name}", getattr(self, name), rule)
 
     @property
     def head_dim(self) -> int:

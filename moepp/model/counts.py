@@ -1,8 +1,12 @@
-"""What a model costs: parameters and FLOPs from the configuration alone, without building it."""
+"""What a model costs: parameters, memory and FLOPs from the configuration alone, without building it."""
 
+import os
 from dataclasses import dataclass
 
-from moepp.model.config import MoEConfig, TransformerConfig
+import torch
+
+from .config import MoEConfig, TransformerConfig
+from .errors import InputError
 
 
 @dataclass(frozen=True)
@@ -48,18 +52,28 @@ def count_parameters(transformer: TransformerConfig, moe: MoEConfig) -> Paramete
     )
 
 
+def require_memory(config: TransformerConfig, moe: MoEConfig) -> None:
+    """Raise an InputError where the model alone would not fit this machine's memory."""
+    if torch.get_default_device().type != "cpu" or not hasattr(os, "sysconf"):
+        return
+    numbers = count_parameters(config, moe).total + 2 * config.context_length * config.head_dim
+    needed, there = 4 * numbers, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise InputError(
+            f"a model of these sizes needs {needed / 1e9:.3g} GB, this machine has {there / 1e9:.3g} GB: lower "
+            "transformer.hidden_size, intermediate_size, n_layers, vocab_size or context_length, or moe.n_ffn"
+        )
+
+
 def flops_per_token(transformer: TransformerConfig, moe: MoEConfig, seq_len: int, ffn_per_token: float) -> float:
     """Floating-point operations of one token's forward pass; a training step takes three times as many.
 
     Matrix products alone, a multiplication and an addition each; attention counts the causal half. Pass the
     *measured* FFN experts per token and layer: counting K would flatter MoE++, which computes fewer.
     """
-    t, D, E = transformer, transformer.hidden_size, moe.n_experts
-    projections = 2 * 2 * D * (D + t.kv_heads * t.head_dim)
-    attention = 2 * 2 * D * (seq_len / 2)
-    router = 2 * E * D if moe.router_depth == 1 else 2 * 8 * E * (D + E)
-    gating_residuals = (t.n_layers - 1) * 2 * E * E if moe.gating_residual else 0
-    constants = 2 * 2 * moe.n_const * D
-    ffn = ffn_per_token * 2 * 3 * D * t.intermediate_size
-    layer = projections + attention + router + constants + ffn
-    return t.n_layers * layer + gating_residuals + 2 * D * t.vocab_size
+    t, count = transformer, count_parameters(transformer, moe)
+    ffn = t.n_layers * ffn_per_token * count.one_ffn_expert
+    head = t.vocab_size * t.hidden_size  # where it is tied to the embedding, too
+    attention = t.n_layers * 2 * 2 * t.hidden_size * (seq_len / 2)
+    constants = t.n_layers * 2 * 2 * moe.n_const * t.hidden_size
+    return 2 * (count.attention + count.router + ffn + head) + attention + constants

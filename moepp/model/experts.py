@@ -1,6 +1,6 @@
 """The experts: SwiGLU FFNs, which cost, and zero, copy and constant experts, which do not.
 
-T tokens, D hidden size, H intermediate size, C = n_const.
+T tokens, D hidden size, H intermediate size, G = 2H (gate, then up), F = n_ffn, C = n_const.
 """
 
 from typing import NamedTuple
@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moepp.model.config import MoEConfig
-from moepp.model.grouped import grouped_experts
-from moepp.model.looped import looped_experts
-from moepp.model.router import Routing
+from .config import MoEConfig
+from .grouped import grouped_experts
+from .looped import looped_experts
+from .router import Routing
 
 
 class Terms(NamedTuple):
-    """s·x + G·V, what the zero-computation experts of each token come to: s (T,), G (T, C), V (C, D)."""
+    """s·x + W·V, what the zero-computation experts of each token come to: s (T,), W (T, C), V (C, D)."""
 
     scale_T: Tensor
     weights_TC: Tensor
@@ -29,23 +29,25 @@ class Terms(NamedTuple):
 class ZeroComputationExperts(nn.Module):
     """Zero (0), copy (x) and constant (a1·x + a2·v, [a1, a2] = softmax(W_c x)) experts (equations 3 to 5).
 
-    Together they are s·x + G·V: one number a token, and one (T, C) by (C, D) product. Nothing is dispatched. These
+    Together they are s·x + W·V: one number a token, and one (T, C) by (C, D) product. Nothing is dispatched. These
     terms are what it returns: FFNExperts adds them up with its own rows.
     """
 
     def __init__(self, hidden_size: int, moe: MoEConfig) -> None:
         super().__init__()
         self.moe = moe
-        self.constants = nn.Parameter(torch.empty(moe.n_const, hidden_size))  # v
-        self.mix = nn.Parameter(torch.empty(moe.n_const, 2, hidden_size))  # W_c: row 0 weighs x, row 1 weighs v
+        self.constants = nn.Parameter(torch.empty(moe.n_const, hidden_size))  # (C, D), v
+        # (C, 2, D), W_c: row 0 weighs x, row 1 weighs v
+        self.mix = nn.Parameter(torch.empty(moe.n_const, 2, hidden_size))
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Terms:
         gates_TE = torch.zeros_like(routing.logits).scatter(1, routing.experts, routing.gates)
         copy_T = gates_TE[:, self.moe.kinds["copy"]].sum(-1)
         const_TC = gates_TE[:, self.moe.kinds["const"]]
         # softmax over two logits is a sigmoid of their difference
-        mix_CD = (self.mix[:, 0] - self.mix[:, 1]).to(x_TD.dtype)
-        a1_TC = F.linear(x_TD, mix_CD).to(gates_TE.dtype).sigmoid()
+        mix_C2D = self.mix
+        difference_CD = (mix_C2D[:, 0] - mix_C2D[:, 1]).to(x_TD.dtype)
+        a1_TC = F.linear(x_TD, difference_CD).to(gates_TE.dtype).sigmoid()
         scale_T = copy_T + (const_TC * a1_TC).sum(-1)
         weights_TC = const_TC * (1 - a1_TC)
         return Terms(scale_T.to(x_TD.dtype), weights_TC.to(x_TD.dtype), self.constants.to(x_TD.dtype))
@@ -57,15 +59,16 @@ class FFNExperts(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int, moe: MoEConfig) -> None:
         super().__init__()
         self.moe = moe
-        self.w_gate_up = nn.Parameter(torch.empty(moe.n_ffn, 2 * intermediate_size, hidden_size))  # gate, then up
-        self.w_down = nn.Parameter(torch.empty(moe.n_ffn, hidden_size, intermediate_size))
+        D, H = hidden_size, intermediate_size
+        self.w_gate_up = nn.Parameter(torch.empty(moe.n_ffn, 2 * H, D))  # (F, G, D)
+        self.w_down = nn.Parameter(torch.empty(moe.n_ffn, D, H))  # (F, D, H)
 
     def forward(self, x_TD: Tensor, routing: Routing, terms: Terms | None = None) -> Tensor:
         """(T, D): the gate-weighted sum of their outputs, and on top the `terms` of zero-computation experts."""
-        w_gate_up, w_down = self.w_gate_up.to(x_TD.dtype), self.w_down.to(x_TD.dtype)
-        if not use_grouped(x_TD, w_down):
-            return looped_experts(x_TD, routing, w_gate_up, w_down, *(terms or ()))
-        y_TD = grouped_experts(x_TD, routing, w_gate_up, w_down)
+        w_gate_up_FGD, w_down_FDH = self.w_gate_up.to(x_TD.dtype), self.w_down.to(x_TD.dtype)
+        if not use_grouped(x_TD, w_down_FDH):
+            return looped_experts(x_TD, routing, w_gate_up_FGD, w_down_FDH, *(terms or ()))
+        y_TD = grouped_experts(x_TD, routing, w_gate_up_FGD, w_down_FDH)
         return y_TD if terms is None else y_TD + terms.value(x_TD)
 
 

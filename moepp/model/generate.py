@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from moepp.model.config import require
-from moepp.model.errors import InputError
-from moepp.model.transformer import KVCache, Transformer
+from .config import require
+from .errors import InputError
+from .transformer import KVCache, Transformer
 
 
 @torch.no_grad()

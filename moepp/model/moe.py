@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from moepp.model.config import MoEConfig
-from moepp.model.experts import FFNExperts, ZeroComputationExperts
-from moepp.model.init import draw_seed, init_parameters
-from moepp.model.router import Router, Routing
+from .config import MoEConfig
+from .experts import FFNExperts, ZeroComputationExperts
+from .init import draw_seed, init_parameters
+from .router import Router, Routing
 
 
 class MoELayer(nn.Module):

@@ -12,11 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepp.model.config import MoEConfig, TransformerConfig
-from moepp.model.errors import InputError
-from moepp.model.transformer import Transformer
+from .config import MoEConfig, TransformerConfig
+from .errors import InputError
+from .transformer import Transformer
 
-N_ZERO, N_COPY, N_CONST, TOP_K = 1, 1, 2, 2
+HELD: dict[str, Any] = {"n_zero": 1, "n_copy": 1, "n_const": 2, "top_k": 2}  # nothing else fits the format
+TRANSFORMER = {  # our fields, and their keys in config.json
+    "vocab_size": "vocab_size",
+    "n_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "context_length": "max_position_embeddings",
+    "rope_theta": "rope_theta",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "init_std": "initializer_range",
+}
 
 
 def load_released(folder: str | Path) -> Transformer:
@@ -122,27 +135,12 @@ def read_config(folder: Path) -> tuple[TransformerConfig, MoEConfig]:
         (n_experts,) = config["num_experts"]
         mixtral_gating = config["moe_use_mixtral_gating"]
         scaled = not (mixtral_gating or config["moe_feature_no_mul_topk"])
-        transformer = TransformerConfig(
-            vocab_size=config["vocab_size"],
-            n_layers=config["num_hidden_layers"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            n_heads=config["num_attention_heads"],
-            n_kv_heads=config["num_key_value_heads"],
-            context_length=config["max_position_embeddings"],
-            rope_theta=config["rope_theta"],
-            norm_eps=config["rms_norm_eps"],
-            tie_embeddings=config["tie_word_embeddings"],
-            init_std=config["initializer_range"],
-        )
+        transformer = TransformerConfig(**{ours: config[theirs] for ours, theirs in TRANSFORMER.items()})
         moe = MoEConfig(
-            n_ffn=n_experts - N_ZERO - N_COPY - N_CONST,
-            n_zero=N_ZERO,
-            n_copy=N_COPY,
-            n_const=N_CONST,
-            top_k=TOP_K,
+            n_ffn=n_experts - MoEConfig(**HELD).n_zero_computation,
+            **HELD,
             router_depth=2 if config["moe_2layer_gate"] else 1,
-            scale_expert_input=float(TOP_K) if scaled else 1.0,
+            scale_expert_input=float(HELD["top_k"]) if scaled else 1.0,
             logits_norm_std=config["moe_gate_norm_std"] if config["moe_use_logits_norm"] else None,
             renormalize_without_zero=not mixtral_gating,
         )
@@ -156,29 +154,19 @@ def read_config(folder: Path) -> tuple[TransformerConfig, MoEConfig]:
 
 
 def write_config(transformer: TransformerConfig, moe: MoEConfig) -> dict[str, Any]:
-    held = {"n_zero": N_ZERO, "n_copy": N_COPY, "n_const": N_CONST, "top_k": TOP_K}
-    for name, value in held.items():
+    for name, value in HELD.items():
         if getattr(moe, name) != value:
             raise InputError(f"moe.{name}: the released format holds exactly {value}, got {getattr(moe, name)}")
     mixtral_gating = not moe.renormalize_without_zero
-    if moe.scale_expert_input not in ((1.0,) if mixtral_gating else (1.0, float(TOP_K))):
+    if moe.scale_expert_input not in ((1.0,) if mixtral_gating else (1.0, float(HELD["top_k"]))):
         raise InputError(f"moe.scale_expert_input: the released format cannot hold {moe.scale_expert_input}")
     return {
         "architectures": ["MoeForCausalLM"],
         "model_type": "MoE++",
         "hidden_act": "silu",
-        "vocab_size": transformer.vocab_size,
-        "num_hidden_layers": transformer.n_layers,
-        "hidden_size": transformer.hidden_size,
-        "intermediate_size": transformer.intermediate_size,
-        "num_attention_heads": transformer.n_heads,
-        "num_key_value_heads": transformer.kv_heads,
-        "max_position_embeddings": transformer.context_length,
-        "rope_theta": transformer.rope_theta,
+        **{theirs: getattr(transformer, ours) for ours, theirs in TRANSFORMER.items()},
+        "num_key_value_heads": transformer.kv_heads,  # ours may be null
         "rope_scaling": None,
-        "rms_norm_eps": transformer.norm_eps,
-        "tie_word_embeddings": transformer.tie_embeddings,
-        "initializer_range": transformer.init_std,
         "num_experts": [moe.n_experts],
         "moe_expert_interval": 1,
         "moe_2layer_gate": moe.router_depth == 2,

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moepp.model import balance
-from moepp.model.config import MoEConfig
+from . import balance
+from .config import MoEConfig
 
 
 @dataclass
@@ -52,8 +52,8 @@ class Routing:
         """How many assignments FFN experts compute at most, as far as a host knows without asking the device."""
         if self.kept is None:
             return self.experts.numel()
-        room, _ = balance.room(self.moe, len(self.experts))
-        rows = min(self.experts.numel(), self.moe.n_ffn * room)
+        capacity, _ = balance.whole_capacities(self.moe, len(self.experts))
+        rows = min(self.experts.numel(), self.moe.n_ffn * capacity)
         # to a compiler a number, where floats of another model's config would make it a symbol
         return len(range(rows))
 
@@ -79,8 +79,9 @@ class Router(nn.Module):
         self.moe = moe
         E, D = moe.n_experts, hidden_size
         widths = [D, E] if moe.router_depth == 1 else [D, 8 * E, E]
+        # (E, D), or (8E, D) and (E, 8E)
         self.weights = nn.ParameterList(torch.empty(n_out, n_in) for n_in, n_out in pairwise(widths))
-        # The first layer has nothing before it: a W_g there would never get a gradient.
+        # (E, E), W_g. The first layer has nothing before it: there it would never get a gradient.
         self.residual = nn.Parameter(torch.empty(E, E)) if moe.gating_residual and not first else None
 
     def forward(self, x_BSD: Tensor, previous_logits_TE: Tensor | None = None) -> Routing:

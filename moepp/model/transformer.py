@@ -3,19 +3,18 @@
 B sequences, S positions, D hidden size, N query heads, M key/value heads, d head size, V vocabulary.
 """
 
-import os
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moepp.model.config import MoEConfig, TransformerConfig, require
-from moepp.model.counts import count_parameters
-from moepp.model.errors import InputError
-from moepp.model.init import draw_seed, init_parameters
-from moepp.model.moe import MoELayer
-from moepp.model.router import Routing
+from .config import MoEConfig, TransformerConfig, require
+from .counts import require_memory
+from .errors import InputError
+from .init import draw_seed, init_parameters
+from .moe import MoELayer
+from .router import Routing
 
 
 class KVCache:
@@ -136,19 +135,6 @@ class Transformer(nn.Module):
             x_BSD, routing = block(x_BSD, rope_2Sd, previous_logits, caches[i] if caches else None)
             routings.append(routing)
         return self.norm(x_BSD), routings
-
-
-def require_memory(config: TransformerConfig, moe: MoEConfig) -> None:
-    """Raise an InputError where the model alone would not fit this machine's memory."""
-    if torch.get_default_device().type != "cpu" or not hasattr(os, "sysconf"):
-        return
-    numbers = count_parameters(config, moe).total + 2 * config.context_length * config.head_dim
-    needed, there = 4 * numbers, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        raise InputError(
-            f"a model of these sizes needs {needed / 1e9:.3g} GB, this machine has {there / 1e9:.3g} GB: lower "
-            "transformer.hidden_size, intermediate_size, n_layers, vocab_size or context_length, or moe.n_ffn"
-        )
 
 
 def rope_table(config: TransformerConfig) -> Tensor:

@@ -5,6 +5,7 @@
     layers.py   the layer: limits, τ, zero-computation experts, growth
     steps.py    the training step: peers, memory, MFU, data, start-up
     results.py  targets, table, CSV
+    plots.py    the picture
 
 All functions that a row compares take turns in one process; a row is the median over rounds of their ratio within
 a round. Outputs are compared before anything is timed (peers.check). Data are random.

@@ -1,7 +1,5 @@
 """The bench's picture: bench.png."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

@@ -8,7 +8,6 @@ import torch
 from moepp.model import MoEConfig, MoELayer, Transformer, TransformerConfig, experts
 from moepp.model.experts import Terms, use_grouped
 from moepp.model.grouped import grouped_swiglu
-from moepp.model.looped import Rows
 
 COUNTS = ([3, 0, 5, 1], [0, 0, 0, 9], [9, 0, 0, 0], [2, 3, 2, 1])
 
@@ -73,25 +72,15 @@ def test_capacity_bounds_the_rows_of_the_grouped_product(monkeypatch: pytest.Mon
     assert rows == [600, 600, 8 * 13, 600]
 
 
-@pytest.mark.parametrize("computed", ["some", "none", "all"])
-def test_rows_of_the_loop(computed: str) -> None:
-    """Against a search by hand: whose rows are whose, and what adds up to a token."""
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_second_derivative_is_refused(grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward passes work in place and are not differentiable: wrong numbers otherwise, without a word."""
+    monkeypatch.setattr(experts, "use_grouped", lambda x, w: grouped)
     torch.manual_seed(0)
-    experts_TK = torch.stack([torch.randperm(6)[:2] for _ in range(9)])
-    computed_TK = {"some": experts_TK < 4, "none": experts_TK < 0, "all": experts_TK < 6}[computed]
-    rows = Rows.of(experts_TK, computed_TK, n_ffn=6)
-    expected = [
-        (t, k) for e in range(6) for t in range(9) for k in range(2) if computed_TK[t, k] and experts_TK[t, k] == e
-    ]
-    assert list(zip(rows.token.tolist(), (rows.assignment % 2).tolist(), strict=True)) == expected
-    assert rows.counts == [int(((experts_TK == e) & computed_TK).sum()) for e in range(6)]
-    values_RD, gates_TK = torch.randn(len(expected), 3), torch.rand(9, 2)
-    sums_TD, weighted_TD = torch.zeros(9, 3), torch.zeros(9, 3)
-    for value_D, (t, k) in zip(values_RD, expected, strict=True):
-        sums_TD[t] += value_D
-        weighted_TD[t] += gates_TK[t, k] * value_D
-    torch.testing.assert_close(rows.sum_by_token(values_RD), sums_TD)
-    torch.testing.assert_close(rows.sum_by_token(values_RD, gates_TK), weighted_TD)
+    layer, x = MoELayer(16, 24, MoEConfig(n_ffn=4)), torch.randn(9, 16, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("capacity_factor", [None, 1.1])

@@ -1,0 +1,54 @@
+"""The plan of the FFN experts' work: which assignments they compute, and in which row of whose product.
+
+T tokens, K choices a token, A = T·K assignments, F = n_ffn, R rows: those of the first expert, of the second, ….
+Made once for a layer's tokens; looped.py and grouped.py carry it out.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .balance import count_assignments
+
+
+@dataclass
+class Plan:
+    """Rows sorted by expert, those of one expert by token.
+
+    Attributes:
+        count_F: (F,) int64, rows of each expert.
+        assignment_R: (R,) the assignment (t·K + k) of each row.
+        token_R: (R,) the token of each row.
+        row_TK: (T, K) the row of each assignment that is computed, 0 for the others.
+        computed_TK: (T, K) bool, where some FFN expert computes the assignment.
+    """
+
+    count_F: Tensor
+    assignment_R: Tensor
+    token_R: Tensor
+    row_TK: Tensor
+    computed_TK: Tensor
+
+    @staticmethod
+    def of(experts_TK: Tensor, computed_TK: Tensor, n_ffn: int, max_rows: int | None = None) -> "Plan":
+        """A plan of exactly the rows there are. Only the device knows how many that is, and the host waits for it.
+
+        With `max_rows` the host does not wait, which would stall a stream of CUDA: R is that many (one at least),
+        and the rows after the last expert's are garbage (NaN too) that nothing may read.
+        """
+        expert_A = torch.where(computed_TK, experts_TK, n_ffn).flatten()  # all others behind the FFN experts
+        if max_rows is None:
+            computed = computed_TK.flatten().nonzero()[:, 0]
+            assignment_R = computed[expert_A[computed].argsort(stable=True)]
+        else:
+            assignment_R = expert_A.argsort(stable=True)[: max(1, max_rows)]
+        row_A = torch.zeros_like(expert_A)
+        row_A[assignment_R] = torch.arange(len(assignment_R), device=expert_A.device)
+        return Plan(
+            count_F=count_assignments(expert_A[assignment_R], n_ffn),
+            assignment_R=assignment_R,
+            token_R=assignment_R // experts_TK.shape[1],
+            row_TK=row_A.view_as(experts_TK).where(computed_TK, 0),
+            computed_TK=computed_TK,
+        )

@@ -1,0 +1,37 @@
+"""The plan of the FFN experts' work against a search by hand, and how each back-end adds up a token's rows."""
+
+import pytest
+import torch
+
+from moepp.model.grouped import gather_sum
+from moepp.model.looped import sum_by_token
+from moepp.model.plan import Plan
+
+
+@pytest.mark.parametrize("surplus", [None, 0, 3])
+@pytest.mark.parametrize("computed", ["some", "none", "all"])
+def test_whose_rows_are_whose(computed: str, surplus: int | None) -> None:
+    """`surplus`: rows that the device has beyond those that are computed; None where the host counts them."""
+    torch.manual_seed(0)
+    experts_TK = torch.stack([torch.randperm(6)[:2] for _ in range(9)])
+    computed_TK = {"some": experts_TK < 4, "none": experts_TK < 0, "all": experts_TK < 6}[computed]
+    n_rows = int(computed_TK.sum())
+    plan = Plan.of(experts_TK, computed_TK, 6, None if surplus is None else n_rows + surplus)
+    assert len(plan.token_R) == (n_rows if surplus is None else min(18, max(1, n_rows + surplus)))
+    expected = [
+        (t, k) for e in range(6) for t in range(9) for k in range(2) if computed_TK[t, k] and experts_TK[t, k] == e
+    ]
+    rows = zip(plan.token_R.tolist(), (plan.assignment_R % 2).tolist(), strict=True)
+    assert list(rows)[:n_rows] == expected
+    assert [int(plan.row_TK[t, k]) for t, k in expected] == list(range(n_rows))
+    assert plan.row_TK[~computed_TK].eq(0).all()
+    assert plan.count_F.tolist() == [int(((experts_TK == e) & computed_TK).sum()) for e in range(6)]
+    values_RD, gates_TK = torch.full((len(plan.token_R), 3), float("nan")), torch.rand(9, 2)
+    values_RD[:n_rows] = torch.randn(n_rows, 3)
+    sums_TD, weighted_TD = torch.zeros(9, 3), torch.zeros(9, 3)
+    for value_D, (t, k) in zip(values_RD, expected, strict=False):
+        sums_TD[t] += value_D
+        weighted_TD[t] += gates_TK[t, k] * value_D
+    for add in (sum_by_token, gather_sum) if surplus is not None else (sum_by_token,):
+        torch.testing.assert_close(add(plan, values_RD), sums_TD)
+        torch.testing.assert_close(add(plan, values_RD, gates_TK), weighted_TD)
