@@ -25,7 +25,6 @@ def test_the_names_are_those_of_the_parser() -> None:
         ("--trainer.max_step=3", "trainer.max_steps"),
         ("--model.moe.n_zeros", "model.moe.n_zero"),
         ("--data.batchsize=1", "data.batch_size"),
-        ("--model.optim.xyz=1", ""),
     ],
 )
 def test_a_mistyped_option_is_refused_before_anything_heavy_is_imported(typed: str, meant: str) -> None:
@@ -37,7 +36,7 @@ def test_a_mistyped_option_is_refused_before_anything_heavy_is_imported(typed: s
     assert ended.returncode == 2, ended.stderr
     assert ended.stderr.count("\n") == 1
     assert f"unrecognized arguments: {typed}" in ended.stderr
-    assert f"(did you mean {meant}?)" in ended.stderr if meant else "did you mean" not in ended.stderr
+    assert f"(did you mean {meant}?)" in ended.stderr
 
 
 def test_what_lies_below_an_option_is_left_to_the_parser() -> None:
