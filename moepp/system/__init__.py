@@ -1,0 +1,1 @@
+"""What lies below text and training: files that are whole at every moment, and the machine."""
