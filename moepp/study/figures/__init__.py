@@ -1,1 +1,1 @@
-"""`moepp figures`: text through a model once → counts → findings with intervals, and pictures with their numbers."""
+"""`moepp figures`: text through a model once → counts → findings with intervals, and pictures."""
