@@ -81,3 +81,23 @@ def test_cuda_equals_cpu(compile: bool, monkeypatch: pytest.MonkeyPatch) -> None
         results.append((value, *torch.autograd.grad(value, leaves)))
     for on_cpu, on_cuda in zip(*results, strict=True):
         assert (on_cuda.cpu() - on_cpu).norm() < 2e-2 * on_cpu.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_by_token_as_of_all_logits_at_once_and_never_holding_them(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    hidden_ND, weight_VD = torch.randn(50, 8, dtype=dtype), torch.randn(30, 8, dtype=dtype)
+    targets_N = torch.randint(30, (50,))
+    targets_N[::7] = -100
+    logits_NV = F.linear(hidden_ND, weight_VD).to(torch.promote_types(dtype, torch.float32))
+    expected_N = F.cross_entropy(logits_NV, targets_N, ignore_index=-100, reduction="none")
+    whole_linear, rows = F.linear, []
+    monkeypatch.setattr(loss, "CHUNK", 16)
+    monkeypatch.setattr(loss.F, "linear", lambda x, w: rows.append(len(x)) or whole_linear(x, w))
+    nll_N = loss.nll_by_token(hidden_ND, weight_VD, targets_N)
+    assert rows == [16, 16, 16, 2]
+    assert torch.allclose(nll_N, expected_N, rtol=1e-6)
+    assert (nll_N[::7] == 0).all()
+    assert nll_N.dtype == expected_N.dtype

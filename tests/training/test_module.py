@@ -70,13 +70,14 @@ def test_validation_weighs_tokens_not_batches(monkeypatch: pytest.MonkeyPatch) -
     data = type("Data", (), {"files": files, "seq_len": 8})
     module._trainer = type("Trainer", (), {"datamodule": data})()
     module.setup("fit")
+    monkeypatch.setattr(module.model.head, "forward", lambda *_: pytest.fail("all logits at once"))
     module.on_validation_epoch_start()
     inputs, domain = torch.randint(64, (2, 8)), torch.zeros(2, dtype=torch.long)
     targets = torch.randint(64, (2, 8))
     targets[1, 3:] = -100
     module.validation_step({"inputs": inputs, "targets": targets, "domain": domain}, 0)
     module.validation_step({"inputs": inputs, "targets": torch.full((2, 8), -100), "domain": domain}, 1)
-    logits = module.model(inputs).logits
+    logits = module.model.hidden(inputs)[0] @ module.model.head.weight.T
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
     figures = module.validation.compute()
     assert figures["loss"] == pytest.approx(expected.item(), rel=1e-6)
