@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import warnings
 from functools import cache
 from pathlib import Path
@@ -85,3 +86,5 @@ def quiet_lightning() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\..*")
+    # of TensorBoard's writing thread, on a full disk: whoever logs next is told of it as well
+    threading.excepthook = lambda died: None if died.exc_type is OSError else threading.__excepthook__(died)
