@@ -12,7 +12,7 @@ def main(arguments: list[str]) -> int:
     def run() -> None:
         from tests.bench import command
 
-        command.run("bench", arguments)
+        command.run(arguments)
 
     return one_line_errors("bench", run)
 

@@ -3,7 +3,8 @@
     setting.py  where and at which sizes, and the rows of the table
     peers.py    what is compared with, and how routing is forced
     layers.py   the layer: limits, τ, zero-computation experts, growth
-    steps.py    the training step: peers, memory, MFU, data, start-up
+    steps.py    the training step: peers, memory, MFU
+    start.py    data and start-up
     results.py  targets, table, CSV
     plots.py    the picture
 
@@ -27,9 +28,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from moepp.model import InputError
 from moepp.system.machine import keep_freed_memory, quiet_lightning
-from tests.bench import layers, plots, results, steps
+from tests.bench import layers, plots, results, start, steps
 from tests.bench.peers import NotEqual
-from tests.bench.setting import SIZES, Row, Setting
+from tests.bench.setting import SIZES, Case, Row, Setting
 
 SECTIONS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "layer": layers.layer,
@@ -40,7 +41,7 @@ SECTIONS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "constants": layers.constants,
     "step": steps.step,
     "mfu": steps.mfu,
-    "start": steps.start,
+    "start": start.start,
 }
 
 
@@ -56,7 +57,7 @@ class Options(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def run(verb: str, arguments: list[str]) -> None:
+def run(arguments: list[str]) -> None:
     options = Options().parse_args(arguments)
     wanted = options.only.split(",") if options.only else list(SECTIONS)
     if unknown := set(wanted) - set(SECTIONS):
@@ -85,17 +86,16 @@ def run(verb: str, arguments: list[str]) -> None:
                 for row in SECTIONS[name](at):
                     rows.append(row)
             except NotEqual as error:
-                raise SystemExit(
-                    f"moepp {verb}: {name}: {error}: not the same computation, so it is not timed"
-                ) from error
+                message = f"moepp bench: {name}: {error}: not the same computation, so it is not timed"
+                raise SystemExit(message) from error
             except torch.OutOfMemoryError:
-                rows.append(Row(name, "the rest", "", note="left out: does not fit the memory"))
+                rows.append(Row(Case(name, "the rest"), note="left out: does not fit the memory"))
             except Exception as error:  # the other sections' figures are worth having, minutes of a GPU's time
                 traceback.print_exc()
                 broken.append(name)
-                rows.append(Row(name, "the rest", "", note=f"broken: {type(error).__name__}: {error}"))
+                rows.append(Row(Case(name, "the rest"), note=f"broken: {type(error).__name__}: {error}"))
             # after every section: whatever cuts the bench off, what was measured is kept
-            table = [*rows, *results.missing(rows, device)]
+            table = [*rows, *results.missing(rows)]
             results.write(table, device, facts, options.out)
             progress.update(task, completed=1)
 
@@ -103,4 +103,4 @@ def run(verb: str, arguments: list[str]) -> None:
     plots.bench(options.out / "bench.png", rows)
     print(options.out / "bench.csv", options.out / "bench.png", file=sys.stderr)
     if broken:
-        raise SystemExit(f"moepp {verb}: {', '.join(broken)} ended in an error, printed above")
+        raise SystemExit(f"moepp bench: {', '.join(broken)} ended in an error, printed above")

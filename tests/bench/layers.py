@@ -8,14 +8,13 @@ from dataclasses import replace
 from statistics import median
 
 import torch
+import yaml
 from torch import Tensor
 
 from moepp.model import MoEConfig, MoELayer
 from moepp.model.init import init_parameters
 from tests.bench import peers
-from tests.bench.setting import VANILLA, Row, Setting, measured
-
-PAPER = {0.1: 2.65, 0.25: 1.93, 0.5: 1.38, 0.75: 1.25, 1.0: 1.19}  # expert-forward speed-up by τ, 0.6B (table 3)
+from tests.bench.setting import BOTH, FORWARD, RECIPES, VANILLA, Case, Row, Setting, measured
 
 
 class Timed:
@@ -38,7 +37,9 @@ class Timed:
         torch.autograd.grad(self.call(), self.leaves, self.gradients, allow_unused=True)
 
 
-PASSES = {"forward": Timed.forward, "forward + backward": Timed.forward_and_backward}
+PASSES = {FORWARD: Timed.forward, BOTH: Timed.forward_and_backward}
+SAME_ROWS = "{} FFN experts, same rows"
+PER_EXPERT, ONE_MLP = "per expert", "one MLP"  # limits
 
 
 class RoutedLayer(Timed):
@@ -96,8 +97,8 @@ class RoutedLayer(Timed):
             peers.check("layer and dense experts", y_TD, expected_TD)
             peers.check("one dense expert", whole([all_rows])[0][: len(rows[0])], outputs[0])
         return {
-            "per expert": Timed(lambda: split(rows), [*rows, *split.parameters()]),
-            "one MLP": Timed(lambda: whole([all_rows]), [all_rows, *whole.parameters()]),
+            PER_EXPERT: Timed(lambda: split(rows), [*rows, *split.parameters()]),
+            ONE_MLP: Timed(lambda: whole([all_rows]), [all_rows, *whole.parameters()]),
         }
 
     def check_against_loop(self) -> None:
@@ -128,18 +129,26 @@ def layer(at: Setting) -> Iterator[Row]:
             ms = f"{1e3 * median(ours for ours, *_ in rounds):.3g} ms"
             for i, limit in enumerate(limits, start=1):
                 ratios = [one[i] / one[0] for one in rounds]
-                yield measured("layer", f"{name}, {passes}, {limit}", "of the limit", ratios, note=ms)
+                yield measured(Case("layer", name, passes, limit), "of the limit", ratios, note=ms)
 
 
 def tau(at: Setting) -> Iterator[Row]:
     """How much faster than vanilla MoE, and how much of what fewer FFN rows make possible."""
-    routed = [RoutedLayer(at, VANILLA), *(RoutedLayer(at, MoEConfig(tau=tau)) for tau in PAPER)]
+    speedups = paper_speedups()
+    routed = [RoutedLayer(at, VANILLA), *(RoutedLayer(at, MoEConfig(tau=tau)) for tau in speedups)]
     for passes, run in PASSES.items():
         rounds = at.time([bind(run, subject) for subject in routed])
-        for i, (tau, paper) in enumerate(PAPER.items(), start=1):
+        for i, (tau, paper) in enumerate(speedups.items(), start=1):
+            case, ratios = Case("tau", f"τ = {tau:g}", passes), [one[0] / one[i] for one in rounds]
             ideal = 1 / MoEConfig(tau=tau).ffn_share
-            ratios = [one[0] / one[i] for one in rounds]
-            yield measured("tau", f"τ = {tau:g}, {passes}", "×", ratios, ideal=ideal, paper=paper / ideal)
+            yield measured(case, "×", ratios, ideal=ideal, paper=paper / ideal, x=tau)
+
+
+def paper_speedups() -> dict[float, float]:
+    """Of the expert forward pass of the paper's 0.6B, by τ, from the recipe of the ablations."""
+    variants = yaml.safe_load((RECIPES / "ablate.yaml").read_text())["variants"].values()
+    taus = {one["model"]["moe"]["tau"]: one["paper"] for one in variants if "tau" in one["model"]["moe"]}
+    return {tau: paper["speedup"]["0.6B"] for tau, paper in sorted(taus.items())}
 
 
 def zero_computation(at: Setting) -> Iterator[Row]:
@@ -161,7 +170,7 @@ def zero_computation(at: Setting) -> Iterator[Row]:
     for passes, run in PASSES.items():
         rounds = at.time([bind(run, subject) for subject in (routed, alone)])
         shares = [100 * theirs / whole for whole, theirs in rounds]
-        yield measured("zero", f"τ = 0.75, {passes}", "% of the layer", shares)
+        yield measured(Case("zero", "τ = 0.75", passes), "% of the layer", shares)
 
 
 def bind(run: Callable[[Timed], None], subject: Timed) -> Callable[[], None]:
@@ -171,38 +180,36 @@ def bind(run: Callable[[Timed], None], subject: Timed) -> Callable[[], None]:
 def tokens(at: Setting) -> Iterator[Row]:
     """How forward and backward time grows with tokens."""
     numbers = [at.sizes.n_tokens * eighths // 8 for eighths in (1, 2, 4, 8, 16)]
-    cases = {f"{n:,} tokens": RoutedLayer(at, MoEConfig(), n_tokens=n) for n in numbers}
-    yield from growth(at, "tokens", cases, f"× the time per token of {numbers[0]:,}", numbers)
+    layers = {n: RoutedLayer(at, MoEConfig(), n_tokens=n) for n in numbers}
+    unit = f"× the time per token of {numbers[0]:,}"
+    yield from growth(at, "tokens", "{:,} tokens", layers, unit, per_amount=True)
 
 
 def experts(at: Setting) -> Iterator[Row]:
     """With FFN experts, at the same number of rows for all of them together; and what the limit has of that."""
     share, numbers = MoEConfig().ffn_share, (8, 4, 16, 32, 64, 128)
-    cases = {f"{n} FFN experts, same rows": RoutedLayer(at, MoEConfig(n_ffn=n), share) for n in numbers}
-    limits = {
-        f"{name}, matrix products alone": routed.limits()["per expert"]
-        for name, routed in cases.items()
-        if routed.layer.moe.n_ffn in (8, 64)
-    }
-    yield from growth(at, "experts", cases, "× the time of 8")
-    yield from growth(at, "limit", limits, "× the time of 8")
+    layers = {n: RoutedLayer(at, MoEConfig(n_ffn=n), share) for n in numbers}
+    limits = {n: layers[n].limits()[PER_EXPERT] for n in (8, 64)}
+    yield from growth(at, "experts", SAME_ROWS, layers, "× the time of 8")
+    yield from growth(at, "limit", f"{SAME_ROWS}, matrix products alone", limits, "× the time of 8")
 
 
 def constants(at: Setting) -> Iterator[Row]:
     """With constant experts, at the same number of FFN rows."""
     share, numbers = MoEConfig().ffn_share, (2, 1, 4, 8, 16)
-    cases = {f"{n} constant experts, same FFN rows": RoutedLayer(at, MoEConfig(n_const=n), share) for n in numbers}
-    yield from growth(at, "constants", cases, "× the time of 2")
+    layers = {n: RoutedLayer(at, MoEConfig(n_const=n), share) for n in numbers}
+    yield from growth(at, "constants", "{} constant experts, same FFN rows", layers, "× the time of 2")
 
 
 def growth(
-    at: Setting, section: str, cases: Mapping[str, Timed], unit: str, amounts: Sequence[int] | None = None
+    at: Setting, section: str, name: str, subjects: Mapping[int, Timed], unit: str, per_amount: bool = False
 ) -> Iterator[Row]:
-    """Time relative to the first case's; with `amounts`, time per amount."""
-    rounds = at.time([subject.forward_and_backward for subject in cases.values()])
-    per = amounts or [1] * len(cases)
-    for i, name in enumerate(cases):
+    """Time relative to the first subject's, by the number that it is of; `per_amount`, for one of that number."""
+    rounds = at.time([subject.forward_and_backward for subject in subjects.values()])
+    first = next(iter(subjects))
+    for i, n in enumerate(subjects):
+        case, amounts = Case(section, name.format(n)), first / n if per_amount else 1
         if i == 0:
-            yield measured(section, name, "ms", [1e3 * one[0] for one in rounds])
+            yield measured(case, "ms", [1e3 * one[0] for one in rounds])
         else:
-            yield measured(section, name, unit, [one[i] / one[0] * per[0] / per[i] for one in rounds])
+            yield measured(case, unit, [one[i] / one[0] * amounts for one in rounds], x=n)

@@ -1,6 +1,7 @@
 """What the bench compares the MoE++ layer and model with, and how routing is forced for that.
 
-T tokens, D hidden size, H intermediate size, E experts, F = n_ffn, K choices a token, N rows of an expert.
+T tokens, D hidden size, H intermediate size, G = 2H (gate, then up), E experts, F = n_ffn, K choices a token,
+A = T·K assignments, N rows of an expert.
 """
 
 from collections.abc import Iterable, Sequence
@@ -58,20 +59,23 @@ def overrule_mixtral(gate: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tenso
 # ---- layers ------------------------------------------------------------------------------------------------
 
 
+def copies(stacked: Tensor) -> nn.ParameterList:
+    """A parameter of its own for each expert's part of a stacked one."""
+    return nn.ParameterList(nn.Parameter(weight.detach().clone()) for weight in stacked)
+
+
 class DenseExperts(nn.Module):
     """The limit: rows that need no gathering, through plain SwiGLU products, as a Llama's MLP computes them.
 
     Args:
-        w_gate_up: (F, 2H, D), as FFNExperts stores it; each expert gets copies of its own.
-        w_down: (F, D, H)
+        w_gate_up_FGD: as FFNExperts stores it; each expert gets copies of its own.
+        w_down_FDH: likewise.
     """
 
-    def __init__(self, w_gate_up: Tensor, w_down: Tensor) -> None:
+    def __init__(self, w_gate_up_FGD: Tensor, w_down_FDH: Tensor) -> None:
         super().__init__()
-        gates, ups = w_gate_up.detach().chunk(2, dim=1)
-        self.gate, self.up, self.down = (
-            nn.ParameterList(nn.Parameter(w.clone()) for w in weights) for weights in (gates, ups, w_down.detach())
-        )
+        gates_FHD, ups_FHD = w_gate_up_FGD.chunk(2, dim=1)
+        self.gate, self.up, self.down = copies(gates_FHD), copies(ups_FHD), copies(w_down_FDH)
 
     def forward(self, rows: Sequence[Tensor]) -> list[Tensor]:
         """One (N, D) per expert → one (N, D) per expert."""
@@ -90,13 +94,9 @@ class ReleasedLoop(nn.Module):
     def __init__(self, layer: MoELayer) -> None:
         super().__init__()
         self.moe, self.router = layer.moe, layer.router
-        ffn = layer.ffn
-        self.gate_up = nn.ParameterList(nn.Parameter(w.detach().clone()) for w in ffn.w_gate_up)
-        self.down = nn.ParameterList(nn.Parameter(w.detach().clone()) for w in ffn.w_down)
-        self.mix, self.constants = nn.ParameterList(), nn.ParameterList()
+        self.gate_up, self.down = copies(layer.ffn.w_gate_up), copies(layer.ffn.w_down)
         if layer.zero_computation is not None:
-            self.mix.extend(nn.Parameter(w.detach().clone()) for w in layer.zero_computation.mix)
-            self.constants.extend(nn.Parameter(v.detach().clone()) for v in layer.zero_computation.constants)
+            self.mix, self.constants = copies(layer.zero_computation.mix), copies(layer.zero_computation.constants)
 
     def forward(self, x: Tensor, previous_logits: Tensor | None = None) -> tuple[Tensor, Routing]:
         routing = self.router(x.reshape(-1, *x.shape[-2:]), previous_logits)

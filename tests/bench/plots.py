@@ -1,6 +1,5 @@
 """The bench's picture: bench.png."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from moepp.study.style import BLACK, BLUE, GREEN, ORANGE, PINK, STYLE, save
-from tests.bench.setting import Row
+from tests.bench.setting import BOTH, FORWARD, Row
+
+COLOURS = {FORWARD: ORANGE, BOTH: BLUE}
 
 
 def bench(path: Path, rows: Sequence[Row]) -> None:
@@ -18,10 +19,10 @@ def bench(path: Path, rows: Sequence[Row]) -> None:
     with plt.rc_context(STYLE):
         figure, ((by_tau, steps), (limits, growth)) = plt.subplots(2, 2, figsize=(12, 8))
         measured = [row for row in rows if row.value is not None]
-        for passes, colour in (("forward", ORANGE), ("forward + backward", BLUE)):
-            chosen = [row for row in measured if row.section == "tau" and row.name.endswith(f", {passes}")]
-            points(by_tau, [number_in(row.name) for row in chosen], chosen, colour, passes)
-        taus = [number_in(row.name) for row in chosen]
+        for passes, colour in COLOURS.items():
+            chosen = [row for row in measured if row.case.section == "tau" and row.case.passes == passes]
+            points(by_tau, chosen, colour, passes)
+        taus = [row.x for row in chosen]
         by_tau.plot(taus, [row.ideal for row in chosen], color="#7F7F7F", linestyle="--", label="ideal")
         paper = [row.paper * row.ideal for row in chosen if row.paper and row.ideal]
         by_tau.plot(taus, paper, color=PINK, linestyle=":", marker="s", label="paper, 0.6B (forward)")
@@ -31,18 +32,17 @@ def bench(path: Path, rows: Sequence[Row]) -> None:
         by_tau.set_xlabel("τ")
         by_tau.set_title("layer: speed-up over vanilla MoE")
 
-        chosen = [row for row in measured if row.section == "step" and row.unit == "tokens/s" and not row.note]
-        bars(steps, chosen, [GREEN if row.name.startswith(("MoE++", "vanilla")) else "#7F7F7F" for row in chosen])
+        chosen = [row for row in measured if row.case.section == "step" and row.ours is not None]
+        bars(steps, chosen, [GREEN if row.ours else "#7F7F7F" for row in chosen])
         steps.set_title("training step: tokens/s")
-        chosen = [row for row in measured if row.section == "layer"]
-        bars(limits, chosen, [BLUE if "backward" in row.name else ORANGE for row in chosen])
+        chosen = [row for row in measured if row.case.section == "layer"]
+        bars(limits, chosen, [COLOURS[row.case.passes] for row in chosen])
         limits.axvline(1, color=BLACK, linewidth=1)
         limits.set_title("layer: share of its limit")
 
         for section, colour in (("tokens", BLACK), ("experts", BLUE), ("constants", PINK)):
-            chosen = [row for row in measured if row.section == section and row.unit.startswith("×")]
-            chosen.sort(key=lambda row: number_in(row.name))
-            points(growth, [number_in(row.name) for row in chosen], chosen, colour, section)
+            chosen = [row for row in measured if row.case.section == section and row.x is not None]
+            points(growth, sorted(chosen, key=lambda row: row.x or 0), colour, section)
         growth.set_xscale("log", base=2)
         growth.set_xticks([1, 4, 16, 64, 1024, 4096, 16384], ["1", "4", "16", "64", "1k", "4k", "16k"])
         growth.set_ylim(bottom=0)
@@ -53,8 +53,9 @@ def bench(path: Path, rows: Sequence[Row]) -> None:
         save(figure, path)
 
 
-def points(axes: Axes, x: Sequence[float], rows: Sequence[Row], colour: str, label: str) -> None:
+def points(axes: Axes, rows: Sequence[Row], colour: str, label: str) -> None:
     """Medians with quartiles."""
+    x = [row.x for row in rows]
     middle = np.array([row.value for row in rows], dtype=float)
     quartiles = np.array([row.quartiles for row in rows], dtype=float).reshape(-1, 2)
     spread = [middle - quartiles[:, 0], quartiles[:, 1] - middle]
@@ -68,11 +69,6 @@ def bars(axes: Axes, rows: Sequence[Row], colours: Sequence[str]) -> None:
         assert row.quartiles is not None
         lower, upper = row.quartiles
         axes.barh(y, row.value, color=colour, xerr=[[row.value - lower], [upper - row.value]], capsize=2)
-    axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), [row.case.name for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-
-
-def number_in(name: str) -> float:
-    """The first number of a row's name: "τ = 0.75, forward" → 0.75."""
-    return float(re.findall(r"[\d,.]+\d|\d", name)[0].replace(",", ""))

@@ -16,7 +16,8 @@ from rich.table import Table
 
 import moepp
 from moepp.system.machine import commit, device_name
-from tests.bench.setting import Row, Setting
+from tests.bench.layers import PER_EXPERT, SAME_ROWS
+from tests.bench.setting import BOTH, Case, Row, Setting
 
 
 @dataclass(frozen=True)
@@ -37,21 +38,21 @@ class Target:
         return self.gpu if device.type == "cuda" else self.cpu
 
 
-TARGETS = {  # (section, row)
-    ("layer", "τ = 0.75, forward + backward, per expert"): Target(0.92, 0.80),
-    ("layer", "τ = 0.1, forward + backward, per expert"): Target(0.80, 0.60),
-    ("tau", "τ = 0.75, forward + backward"): Target(0.95, 0.90),
-    ("step", "MoE++ against Mixtral's best back-end"): Target(1.5, 1.5),
-    ("step", "MoE++ against a dense Llama"): Target(1.0, 0.85),
-    ("zero", "τ = 0.75, forward + backward"): Target(5, 5, at_most=True),
-    ("mfu", "sizes/0.6b.yaml, compiled"): Target(None, 40),
-    ("experts", "64 FFN experts, same rows"): Target(1.25, 1.3, at_most=True),
+TARGETS = {
+    Case("layer", "τ = 0.75", BOTH, PER_EXPERT): Target(0.92, 0.80),
+    Case("layer", "τ = 0.1", BOTH, PER_EXPERT): Target(0.80, 0.60),
+    Case("tau", "τ = 0.75", BOTH): Target(0.95, 0.90),
+    Case("step", "MoE++ against Mixtral's best back-end"): Target(1.5, 1.5),
+    Case("step", "MoE++ against a dense Llama"): Target(1.0, 0.85),
+    Case("zero", "τ = 0.75", BOTH): Target(5, 5, at_most=True),
+    Case("mfu", "sizes/0.6b.yaml, compiled"): Target(None, 40),
+    Case("experts", SAME_ROWS.format(64)): Target(1.25, 1.3, at_most=True),
 }
 
 
 def verdict(row: Row, device: torch.device) -> str:
     """met, missed, or why there is none; empty for a row without a target."""
-    target = TARGETS.get((row.section, row.name))
+    target = TARGETS.get(row.case)
     aim = target.on(device) if target else None
     if target is None or aim is None:
         return ""
@@ -61,14 +62,10 @@ def verdict(row: Row, device: torch.device) -> str:
     return "met" if (value <= aim if target.at_most else value >= aim) else "missed"
 
 
-def missing(rows: Sequence[Row], device: torch.device) -> list[Row]:
+def missing(rows: Sequence[Row]) -> list[Row]:
     """A row for each target that nothing was measured for."""
-    there = {(row.section, row.name) for row in rows}
-    return [
-        Row(section, name, "", note="not measured on this machine, or left out")
-        for section, name in TARGETS
-        if (section, name) not in there
-    ]
+    there = {row.case for row in rows}
+    return [Row(case, note="not measured on this machine, or left out") for case in TARGETS if case not in there]
 
 
 # ---- output ------------------------------------------------------------------------------------------------
@@ -100,8 +97,8 @@ def table(rows: Sequence[Row], device: torch.device) -> Table:
         shown.add_column(title, justify="left" if title == "" else "right")
     section = None
     for row in rows:
-        if row.section != section:
-            section = row.section
+        if row.case.section != section:
+            section = row.case.section
             shown.add_section()
             shown.add_row(f"[bold]{section}")
         shown.add_row(*cells(row, device))
@@ -109,11 +106,11 @@ def table(rows: Sequence[Row], device: torch.device) -> Table:
 
 
 def cells(row: Row, device: torch.device) -> tuple[str, ...]:
-    target = TARGETS.get((row.section, row.name))
+    target = TARGETS.get(row.case)
     aim = target.on(device) if target else None
     quartiles = "–".join(number(q) for q in row.quartiles) if row.quartiles and row.rounds > 1 else ""
     return (
-        row.name,
+        row.case.name,
         number(row.value),
         row.unit,
         quartiles,
@@ -133,11 +130,11 @@ def number(value: float | None) -> str:
 
 
 def csv_line(row: Row, device: torch.device) -> dict[str, Any]:
-    target = TARGETS.get((row.section, row.name))
+    target = TARGETS.get(row.case)
     lower, upper = row.quartiles or (None, None)
     return {
-        "section": row.section,
-        "name": row.name,
+        "section": row.case.section,
+        "name": row.case.name,
         "value": row.value,
         "unit": row.unit,
         "lower_quartile": lower,

@@ -1,16 +1,17 @@
-"""Where and at which sizes `moepp bench` measures, and the rows that it measures."""
+"""Where and at which sizes the bench measures, and the rows that it measures."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median, quantiles
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from moepp.model import MoEConfig, TransformerConfig
-from moepp.study.timing import in_turn
+from moepp.study.timing import in_turn, quartiles
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 VANILLA = MoEConfig(n_zero=0, n_copy=0, n_const=0, gating_residual=False)
 
 
@@ -48,6 +49,29 @@ SIZES = {
 }
 
 
+FORWARD, BOTH = "forward", "forward + backward"  # passes
+
+
+class Case(NamedTuple):
+    """What a row is of; targets are looked up by it.
+
+    Attributes:
+        section: of the table.
+        subject: a configuration, a model, a pair of these.
+        passes: FORWARD or BOTH, where a section has rows of each.
+        limit: what the subject is held against, where a section has several.
+    """
+
+    section: str
+    subject: str
+    passes: str = ""
+    limit: str = ""
+
+    @property
+    def name(self) -> str:
+        return ", ".join(part for part in self[1:] if part)
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table. What could not be measured has no value and a note that says why.
@@ -55,16 +79,19 @@ class Row:
     Attributes:
         ideal: the value if nothing but FFN experts took time.
         paper: the share of the ideal that the paper reached.
+        x: τ, or the number of what the time grows with, where the value is a point of a curve in the picture.
+        ours: whether the model is, where the value is a bar among other models' in the picture.
     """
 
-    section: str
-    name: str
-    unit: str
+    case: Case
+    unit: str = ""
     value: float | None = None
     quartiles: tuple[float, float] | None = None
     rounds: int = 0
     ideal: float | None = None
     paper: float | None = None
+    x: float | None = None
+    ours: bool | None = None
     note: str = ""
 
     @property
@@ -73,10 +100,10 @@ class Row:
         return self.value / self.ideal if self.value is not None and self.ideal is not None else None
 
 
-def measured(section: str, name: str, unit: str, values: Sequence[float], **more: Any) -> Row:
+def measured(case: Case, unit: str, values: Sequence[float], **more: Any) -> Row:
     """The median of a value by round, and its quartiles."""
-    lower, _, upper = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    return Row(section, name, unit, median(values), (lower, upper), len(values), **more)
+    lower, median, upper = quartiles(values)
+    return Row(case, unit, median, (lower, upper), len(values), **more)
 
 
 @dataclass(frozen=True)

@@ -1,48 +1,34 @@
-"""A model's whole training step against other models', its memory and MFU; waiting for data; start-up.
+"""A model's whole training step against other models', its memory and MFU.
 
 T tokens in B sequences of S, D hidden size, V vocabulary, L layers, H intermediate size, K choices a token.
 """
 
 import os
-import random
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import accumulate
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import lightning as L
 import torch
 import yaml
-from lightning.pytorch.profilers import SimpleProfiler
 from torch import Tensor, nn
 
-import moepp
 from moepp.model import MoEConfig, Transformer, TransformerConfig, flops_per_token, linear_cross_entropy
-from moepp.study.timing import synchronize
+from moepp.study.timing import TrainingStep
 from moepp.system.machine import peak_flops
-from moepp.text.data_module import TokenDataModule
 from moepp.training.module import LitMoE
 from tests.bench import peers
-from tests.bench.setting import VANILLA, Row, Setting, measured
+from tests.bench.setting import RECIPES, VANILLA, Case, Row, Setting, measured
 
-ROOT = Path(moepp.__file__).parents[1]
-RECIPE = ROOT / "recipes" / "sizes" / "0.6b.yaml"
-STARTS = 3  # of `moepp fit`
 BATCHED = 64  # tokens at most for transformers' batched_mm
 MATMUL = 2048  # rows and columns of the product that stands for a CPU's peak
 DENSE = MoEConfig(n_ffn=1, n_zero=0, n_copy=0, n_const=0, top_k=1, gating_residual=False)
 
 
-class TrainingStep:
-    """Forward, backward, clipping and AdamW of a model on random tokens (B, S). The learning rate is 0: a step
-    costs what it costs in training, and all steps are the same.
+class ModelStep(TrainingStep):
+    """A training step of a model, ours or of transformers, on tokens (B, S).
 
     Args:
         model: `training_step` is called on a LitMoE; of a model of transformers, hidden states and head.
@@ -51,24 +37,21 @@ class TrainingStep:
     """
 
     def __init__(self, at: Setting, model: nn.Module, tokens_BS: Tensor, own_loss: bool = False) -> None:
-        self.at, self.model, self.tokens_BS, self.own_loss = at, model.to(at.device), tokens_BS, own_loss
-        self.targets_BS = tokens_BS.roll(-1, dims=1)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.1, fused=True)
+        super().__init__(model.to(at.device), self.total_loss, at.autocast())
+        self.tokens_BS, self.targets_BS, self.own_loss = tokens_BS, tokens_BS.roll(-1, dims=1), own_loss
 
-    def __call__(self) -> None:
-        with self.at.autocast():
-            loss = self.loss()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+    @property
+    def family(self) -> str:
+        """moepp, or the `model_type` of transformers."""
+        model: Any = self.model
+        return "moepp" if isinstance(model, LitMoE) else model.config.model_type
 
-    def loss(self) -> Tensor:
+    def total_loss(self) -> Tensor:
         """Cross-entropy, and for a mixture of experts β times its own balance loss."""
         model: Any = self.model
-        if isinstance(model, LitMoE):
+        if self.family == "moepp":
             return model.training_step({"inputs": self.tokens_BS, "targets": self.targets_BS}, 0)["loss"]
-        router_logits = {"output_router_logits": True} if model.config.model_type == "mixtral" else {}
+        router_logits = {"output_router_logits": True} if self.family == "mixtral" else {}
         if self.own_loss:
             return model(self.tokens_BS, labels=self.tokens_BS, **router_logits).loss
         output = model.model(self.tokens_BS, **router_logits)
@@ -84,8 +67,8 @@ class TrainingStep:
 
     @torch.no_grad()
     def logits(self) -> Tensor:
-        with self.at.autocast():
-            model: Any = self.model.model if isinstance(self.model, LitMoE) else self.model
+        with self.autocast:
+            model: Any = self.model.model if self.family == "moepp" else self.model
             return model(self.tokens_BS).logits
 
 
@@ -100,7 +83,7 @@ class Models:
         self.wide = replace(self.config, intermediate_size=VANILLA.top_k * self.config.intermediate_size)
         self.tokens_BS = torch.randint(self.config.vocab_size, (batch_size, seq_len), device=at.device)
 
-    def moepp(self, moe: MoEConfig, compile: bool = False, loop: bool = False) -> TrainingStep:
+    def moepp(self, moe: MoEConfig, compile: bool = False, loop: bool = False) -> ModelStep:
         """Ours as `moepp fit` runs it, or with its experts in the released code's loop."""
         torch.manual_seed(0)
         model = LitMoE(self.wide if moe is DENSE else self.config, moe, compile=compile)
@@ -109,23 +92,23 @@ class Models:
             peers.force(block.moe.router, peers.spread_evenly(self.tokens_BS.numel(), moe, moe.ffn_share, seed=i))
             if loop:
                 block.moe = peers.ReleasedLoop(block.moe)
-        return TrainingStep(self.at, model, self.tokens_BS)
+        return ModelStep(self.at, model, self.tokens_BS)
 
-    def mixtral(self, back_end: str, compile: bool = False, own_loss: bool = False) -> TrainingStep:
+    def mixtral(self, back_end: str, compile: bool = False, own_loss: bool = False) -> ModelStep:
         torch.manual_seed(0)
         model: Any = peers.to_mixtral(Transformer(self.config, VANILLA), back_end)
         for i, layer in enumerate(model.model.layers):
             peers.force(layer.mlp.gate, peers.spread_evenly(self.tokens_BS.numel(), VANILLA, 1.0, seed=i))
             if compile:
                 layer.compile()
-        return TrainingStep(self.at, model, self.tokens_BS, own_loss)
+        return ModelStep(self.at, model, self.tokens_BS, own_loss)
 
-    def llama(self, compile: bool = False) -> TrainingStep:
+    def llama(self, compile: bool = False) -> ModelStep:
         torch.manual_seed(0)
         model: Any = peers.to_llama(Transformer(self.wide, DENSE))
         for layer in model.model.layers if compile else ():
             layer.compile()
-        return TrainingStep(self.at, model, self.tokens_BS)
+        return ModelStep(self.at, model, self.tokens_BS)
 
 
 OURS, BARE, LOOP = "MoE++, τ = 0.75", "vanilla MoE", "MoE++, released loop"
@@ -134,7 +117,7 @@ DATA_SHEET = "% of the data sheet's FLOP/s"
 INSTALL = "left out: needs `pip install 'transformers>=5'`"
 
 
-def contestants(models: Models, on_gpu: bool) -> dict[str, TrainingStep]:
+def contestants(models: Models, on_gpu: bool) -> dict[str, ModelStep]:
     """All that fit one batch, by name. transformers' models are left out where it is not installed.
 
     Raises:
@@ -176,11 +159,12 @@ def step(at: Setting) -> Iterator[Row]:
     *columns, matmul = zip(*rounds, strict=True)
     seconds = dict(zip(steps, columns, strict=True))
     for name, times in seconds.items():
-        yield measured("step", name, "tokens/s", [models.tokens_BS.numel() / s for s in times])
+        tokens_per_s = [models.tokens_BS.numel() / s for s in times]
+        yield measured(Case("step", name), "tokens/s", tokens_per_s, ours=steps[name].family == "moepp")
 
     typical = {name: median(times) for name, times in seconds.items()}
-    mixtrals = [name for name in steps if name.startswith("Mixtral") and name != OWN_LOSS]
-    llamas = [name for name in steps if name.startswith(LLAMA)]
+    mixtrals = [name for name, one in steps.items() if one.family == "mixtral" and not one.own_loss]
+    llamas = [name for name, one in steps.items() if one.family == "llama"]
     rivals = {name: name for name in (BARE, LOOP, OWN_LOSS) if name in steps}
     if mixtrals:
         rivals |= {
@@ -189,17 +173,18 @@ def step(at: Setting) -> Iterator[Row]:
         }
     for what, rival in rivals.items():
         ratios = [theirs / ours for ours, theirs in zip(seconds[OURS], seconds[rival], strict=True)]
-        yield measured("step", f"MoE++ against {what}", "×", ratios, note="" if what == rival else rival)
+        case, note = Case("step", f"MoE++ against {what}"), "" if what == rival else rival
+        yield measured(case, "×", ratios, note=note)
     if mixtrals:
         yield from batched_mm(at)
         why = "left out: kernels for Hopper that transformers fetches from the Hub"
-        yield Row("step", "Mixtral, deepgemm and sonicmoe", "tokens/s", note=why)
+        yield Row(Case("step", "Mixtral, deepgemm and sonicmoe"), "tokens/s", note=why)
     else:
-        yield Row("step", "Mixtral and Llama of transformers", "tokens/s", note=INSTALL)
+        yield Row(Case("step", "Mixtral and Llama of transformers"), "tokens/s", note=INSTALL)
 
     for name, one in steps.items():
         mb = peak_memory(one, at.device) / 1e6
-        yield measured("memory", name, "MB", [mb], note="beside weights and AdamW's state")
+        yield measured(Case("memory", name), "MB", [mb], note="beside weights and AdamW's state")
     for name, moe in ((OURS, MoEConfig(tau=0.75)), (BARE, VANILLA)):
         config, peak = at.sizes.transformer, peak_flops(at.device, "bf16-mixed")
         ffn_per_token = moe.expected_ffn_per_token  # as it is forced
@@ -207,7 +192,7 @@ def step(at: Setting) -> Iterator[Row]:
         peaks = [peak or 2 * MATMUL**3 / s for s in matmul]
         unit = DATA_SHEET if peak else f"% of a {MATMUL}² product's FLOP/s"
         shares = [100 * flops / s / most for s, most in zip(seconds[name], peaks, strict=True)]
-        yield measured("mfu", name, unit, shares)
+        yield measured(Case("mfu", name), unit, shares)
 
 
 def batched_mm(at: Setting) -> Iterator[Row]:
@@ -217,8 +202,9 @@ def batched_mm(at: Setting) -> Iterator[Row]:
     weights = t.n_layers * VANILLA.top_k * 3 * t.hidden_size * t.intermediate_size  # of one token
     n_bytes = weights * (6 if at.device.type == "cuda" else 4)  # under autocast as they are and in bf16
     most = min(BATCHED, at.sizes.batch_size * t.context_length, free_memory(at.device) // 2 // n_bytes)
+    case = Case("step", "Mixtral, batched_mm")
     if most < 8:
-        yield Row("step", "Mixtral, batched_mm", "tokens/s", note="left out: not even 8 tokens fit the memory")
+        yield Row(case, "tokens/s", note="left out: not even 8 tokens fit the memory")
         return
     seq_len = min(t.context_length, 2 ** (most.bit_length() - 1))
     models = Models(at, max(1, most // seq_len), seq_len)
@@ -227,9 +213,9 @@ def batched_mm(at: Setting) -> Iterator[Row]:
     ours, peer = models.moepp(MoEConfig(tau=0.75)), models.mixtral("batched_mm")
     peers.check("logits of Mixtral, batched_mm", peer.logits(), models.moepp(VANILLA).logits())
     rounds = at.time([ours, peer])
-    yield measured("step", "Mixtral, batched_mm", "tokens/s", [n_tokens / s for _, s in rounds], note=note)
+    yield measured(case, "tokens/s", [n_tokens / s for _, s in rounds], note=note)
     ratios = [theirs / ours for ours, theirs in rounds]
-    yield measured("step", "MoE++ against Mixtral, batched_mm", "×", ratios, note=note)
+    yield measured(Case("step", "MoE++ against Mixtral, batched_mm"), "×", ratios, note=note)
 
 
 def free_memory(device: torch.device) -> int:
@@ -256,12 +242,12 @@ def peak_memory(run: Callable[[], None], device: torch.device) -> int:
 def mfu(at: Setting) -> Iterator[Row]:
     """The paper's 0.6B as in its recipe, compiled, with its own routing: only the FFN experts that are computed
     count."""
-    name = "sizes/0.6b.yaml, compiled"
+    case = Case("mfu", "sizes/0.6b.yaml, compiled")
     peak = peak_flops(at.device, "bf16-mixed")
-    if peak is None or not RECIPE.is_file():
-        yield Row("mfu", name, DATA_SHEET, note="needs a GPU whose peak is known, and recipes/")
+    if peak is None:
+        yield Row(case, DATA_SHEET, note="needs a GPU whose peak is known")
         return
-    recipe = yaml.safe_load(RECIPE.read_text())
+    recipe = yaml.safe_load((RECIPES / "sizes" / "0.6b.yaml").read_text())
     options = recipe["model"]
     transformer = TransformerConfig(**options["transformer"], vocab_size=recipe["data"]["vocab_size"])
     moe = MoEConfig(**options["moe"])
@@ -269,101 +255,11 @@ def mfu(at: Setting) -> Iterator[Row]:
     model = LitMoE(transformer, moe, compile=True)
     batch_size, seq_len = recipe["data"]["batch_size"], transformer.context_length
     tokens_BS = torch.randint(transformer.vocab_size, (batch_size, seq_len), device=at.device)
-    one = TrainingStep(at, model, tokens_BS)
+    one = ModelStep(at, model, tokens_BS)
     with torch.no_grad(), at.autocast():
         computed = model.training_step({"inputs": tokens_BS, "targets": tokens_BS}, 0)["ffn_assignments"]
     ffn_per_token = float(computed) / tokens_BS.numel() / transformer.n_layers
     flops = 3 * flops_per_token(transformer, moe, seq_len, ffn_per_token) * tokens_BS.numel()
     seconds = [s for (s,) in at.time([one])]
     note = f"{tokens_BS.numel() / median(seconds):,.0f} tokens/s, {ffn_per_token:.2f} FFN experts per token"
-    yield measured("mfu", name, DATA_SHEET, [100 * flops / s / peak for s in seconds], note=note)
-
-
-# ---- data and start-up -------------------------------------------------------------------------------------
-
-
-def start(at: Setting) -> Iterator[Row]:
-    """How much of `moepp fit` is spent waiting for data, and how long it takes to its first step."""
-    t, rng = at.sizes.transformer, random.Random(0)
-    with tempfile.TemporaryDirectory() as folder:
-        words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(2000)]
-        # about two tokens a word; an epoch of some 50 steps
-        n_words = 25 * at.sizes.batch_size * t.context_length
-        text = "\n\n".join(" ".join(rng.choices(words, k=200)) for _ in range(n_words // 200 + 100))
-        path = Path(folder, "words.txt")
-        path.write_text(text)
-        data = TokenDataModule(
-            str(path), min(512, t.vocab_size), t.context_length, at.sizes.batch_size, out_root=folder
-        )
-        data.prepare_data()
-        data.setup()
-        yield waiting(at, data)
-        name, note = "`moepp fit` to the end of its first step", "the default model; text that is prepared already"
-        if lacking := [package for package in ("jsonargparse", "omegaconf") if find_spec(package) is None]:
-            yield Row("start", name, "s", note=f"left out: `moepp fit` needs {' and '.join(lacking)}")
-            return
-        starts = [seconds_to_first_step(data, Path(folder)) for _ in range(STARTS)]
-    yield measured("start", name, "s", starts, note=note)
-
-
-def waiting(at: Setting, data: TokenDataModule) -> Row:
-    """Share of training steps under Lightning that passes before the batch is on the device."""
-    profiler, warm_up, on_gpu = Durations(at.device), 5, at.device.type == "cuda"
-    trainer = L.Trainer(
-        accelerator=at.device.type,
-        devices=1,
-        precision="bf16-mixed" if on_gpu else "32-true",
-        max_steps=warm_up + at.rounds,
-        max_epochs=-1,
-        limit_val_batches=0,
-        gradient_clip_val=1.0,
-        profiler=profiler,
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(LitMoE(at.sizes.transformer, MoEConfig(), compile=on_gpu), data)
-    actions = (
-        "[_TrainingEpochLoop].train_dataloader_next",
-        "[Strategy]SingleDeviceStrategy.batch_to_device",
-        "run_training_batch",
-    )
-    durations = list(zip(*(profiler.recorded_durations[action] for action in actions), strict=False))[warm_up:]
-    shares = [100 * (fetch + copy) / (fetch + copy + compute) for fetch, copy, compute in durations]
-    return measured("start", "waiting for data", "% of a training step", shares)
-
-
-class Durations(SimpleProfiler):
-    """Lightning's profiler, which here waits for a GPU to finish what it times, and does not print its report."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.device = device
-
-    def start(self, action_name: str) -> None:
-        synchronize(self.device)
-        super().start(action_name)
-
-    def stop(self, action_name: str) -> None:
-        synchronize(self.device)
-        super().stop(action_name)
-
-    def summary(self) -> str:
-        return ""
-
-
-def seconds_to_first_step(data: TokenDataModule, folder: Path) -> float:
-    begun = time.perf_counter()
-    fit = [sys.executable, "-m", "moepp", "fit", "--trainer.log_every_n_steps=1"]
-    fit += [f"--data.path={data.files.path.absolute()}", f"--data.vocab_size={data.vocab_size}"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    with subprocess.Popen(fit, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        first = next((line for line in process.stdout if line.startswith("step")), None)
-        seconds = time.perf_counter() - begun
-        process.kill()
-    if first is None:
-        raise RuntimeError("`moepp fit` ended without a step")
-    return seconds
+    yield measured(case, DATA_SHEET, [100 * flops / s / peak for s in seconds], note=note)

@@ -15,7 +15,7 @@ from moepp.training.module import LitMoE
 from tests.bench import layers, peers, results, steps
 from tests.bench.__main__ import main
 from tests.bench.command import SECTIONS
-from tests.bench.setting import SIZES, VANILLA, Row, Setting, measured
+from tests.bench.setting import BOTH, RECIPES, SIZES, VANILLA, Case, Row, Setting, measured
 
 CPU = torch.device("cpu")
 
@@ -121,7 +121,7 @@ def test_what_was_measured_is_kept_when_a_section_breaks(
     workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     def broken(at: Setting) -> Iterator[Row]:
-        yield Row("tau", "half", "×", 2.0)
+        yield Row(Case("tau", "half"), "×", 2.0)
         raise RuntimeError("no kernel image is available")
 
     monkeypatch.setitem(SECTIONS, "tau", broken)
@@ -135,8 +135,9 @@ def test_what_was_measured_is_kept_when_a_section_breaks(
     assert notes["zero", "τ = 0.75, forward"][0] == "200.0"  # the section after it
 
 
-# what a machine with PyTorch for GPUs may lack, and no network to fetch it: they read options and packed text
-LACKING = ("jsonargparse", "omegaconf", "zstandard", "docstring_parser", "typeshed_client")
+# what a machine with PyTorch for GPUs may lack, and no network to fetch it: they read options and packed text, and
+# evaluate studies
+LACKING = ("jsonargparse", "omegaconf", "zstandard", "docstring_parser", "typeshed_client", "pandas")
 
 
 def test_the_bench_needs_none_of_the_packages_of_the_command_line(workdir: Path) -> None:
@@ -146,7 +147,7 @@ sys.modules |= dict.fromkeys({LACKING})  # importing any of them fails
 from tests.bench.__main__ import main
 sys.exit(main(["--size=toy", "--quick", "--only=zero,start", "--out=b"]))
 """
-    root = {"PYTHONPATH": str(steps.ROOT)}
+    root = {"PYTHONPATH": str(RECIPES.parent)}
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | root)
     assert ended.returncode == 0, ended.stderr
     assert "left out: `moepp fit` needs jsonargparse and omegaconf" in ended.stdout
@@ -197,11 +198,11 @@ def test_llama_is_one_wide_expert(at: Setting) -> None:
 
 def test_peers_are_named_where_transformers_is_missing(at: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "find_spec", lambda name: None)
-    rows = {row.name: row for row in steps.step(at)}
+    rows = {row.case.name: row for row in steps.step(at)}
     assert "pip install 'transformers>=5'" in rows["Mixtral and Llama of transformers"].note
     assert rows["MoE++ against vanilla MoE"].value
     assert "MoE++ against Mixtral's best back-end" in {
-        row.name for row in results.missing(list(rows.values()), CPU)
+        row.case.name for row in results.missing(list(rows.values()))
     }
 
 
@@ -209,28 +210,29 @@ def test_peers_are_named_where_transformers_is_missing(at: Setting, monkeypatch:
 
 
 def test_a_row_is_the_median_and_quartiles_over_rounds() -> None:
-    row = measured("tau", "τ = 0.75, forward + backward", "×", [1.0, 1.5, 3.0, 1.25, 2.0], ideal=2.0, paper=0.75)
+    row = measured(Case("tau", "τ = 0.75", BOTH), "×", [1.0, 1.5, 3.0, 1.25, 2.0], ideal=2.0, paper=0.75)
+    assert row.case.name == "τ = 0.75, forward + backward"
     assert (row.value, row.quartiles, row.rounds) == (1.5, (1.25, 2.0), 5)
     assert row.share == 0.75
-    assert Row("a", "b", "×").share is None
+    assert Row(Case("a", "b"), "×").share is None
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "ideal", "expected"),
+    ("case", "value", "ideal", "expected"),
     [
-        (("tau", "τ = 0.75, forward + backward"), 1.6, 1 / 0.6, "met"),  # 0.96 of the ideal
-        (("tau", "τ = 0.75, forward + backward"), 1.5, 1 / 0.6, "missed"),
-        (("layer", "τ = 0.1, forward + backward, per expert"), 0.8, None, "met"),
-        (("zero", "τ = 0.75, forward + backward"), 4.9, None, "met"),
-        (("zero", "τ = 0.75, forward + backward"), 5.1, None, "missed"),
-        (("experts", "64 FFN experts, same rows"), 1.3, None, "missed"),
-        (("step", "MoE++ against a dense Llama"), None, None, "not measured"),
-        (("mfu", "sizes/0.6b.yaml, compiled"), None, None, ""),  # nothing is asked of a CPU
-        (("step", "vanilla MoE"), 1.0, None, ""),
+        (Case("tau", "τ = 0.75", BOTH), 1.6, 1 / 0.6, "met"),  # 0.96 of the ideal
+        (Case("tau", "τ = 0.75", BOTH), 1.5, 1 / 0.6, "missed"),
+        (Case("layer", "τ = 0.1", BOTH, layers.PER_EXPERT), 0.8, None, "met"),
+        (Case("zero", "τ = 0.75", BOTH), 4.9, None, "met"),
+        (Case("zero", "τ = 0.75", BOTH), 5.1, None, "missed"),
+        (Case("experts", "64 FFN experts, same rows"), 1.3, None, "missed"),
+        (Case("step", "MoE++ against a dense Llama"), None, None, "not measured"),
+        (Case("mfu", "sizes/0.6b.yaml, compiled"), None, None, ""),  # nothing is asked of a CPU
+        (Case("step", "vanilla MoE"), 1.0, None, ""),
     ],
 )
-def test_verdicts(key: tuple[str, str], value: float | None, ideal: float | None, expected: str) -> None:
-    assert results.verdict(Row(*key, "", value, ideal=ideal), CPU) == expected
+def test_verdicts(case: Case, value: float | None, ideal: float | None, expected: str) -> None:
+    assert results.verdict(Row(case, "", value, ideal=ideal), CPU) == expected
 
 
 def test_memory_counts_what_lives_at_once(at: Setting) -> None:
@@ -257,7 +259,7 @@ def test_table_and_csv_are_complete_and_add_up(workdir: Path, monkeypatch: pytes
     with (workdir / "b/bench.csv").open(newline="") as file:
         rows = {(row["section"], row["name"]): row for row in csv.DictReader(file)}
     assert (workdir / "b/bench.png").is_file()
-    assert set(results.TARGETS) <= set(rows)
+    assert {(case.section, case.name) for case in results.TARGETS} <= set(rows)
     text = (workdir / "b/bench.txt").read_text()
     assert all(name in text for _, name in rows)
     for row in rows.values():
@@ -295,7 +297,7 @@ def test_a_whole_cuda_step_never_waits_for_the_device() -> None:
     """Forward, loss, backward, clipping and AdamW, with the model's own routing."""
     at = Setting(SIZES["toy"], torch.device("cuda"), rounds=2, seconds=0.0)
     tokens_BS = torch.randint(at.sizes.transformer.vocab_size, (2, 16), device="cuda")
-    one = steps.TrainingStep(at, LitMoE(at.sizes.transformer, MoEConfig()), tokens_BS)
+    one = steps.ModelStep(at, LitMoE(at.sizes.transformer, MoEConfig()), tokens_BS)
     one()  # AdamW makes its state
     torch.cuda.set_sync_debug_mode("error")
     try:
