@@ -30,8 +30,10 @@ def interval_bars(
 ) -> None:
     """Points with their intervals; an interval of the basic bootstrap may lie beside its point."""
     error = np.maximum(0, [value - low, high - value]).reshape(2, -1)
-    x, y, name = (value, at, "xerr") if horizontal else (at, value, "yerr")
-    axes.errorbar(x, y, **{name: error}, **style)
+    if horizontal:
+        axes.errorbar(value, at, xerr=error, **style)
+    else:
+        axes.errorbar(at, value, yerr=error, **style)
 
 
 def save(figure: plt.Figure, path: Path) -> None:

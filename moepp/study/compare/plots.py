@@ -86,7 +86,7 @@ def loss_difference(axes: Axes, at: Any, row: pd.Series, horizontal: bool = Fals
     """A variant's, with its interval. Returns (mean, low, high)."""
     mean, low, high, _, verdict = (row[f"loss_difference{part}"] for part in PAIRED)
     colour = {"better": BLUE, "worse": ORANGE}.get(verdict, GREY)
-    style = {"fmt": "o", "color": colour, "capsize": 3, "markersize": 5, "linewidth": 1.6}
+    style: dict[str, Any] = {"fmt": "o", "color": colour, "capsize": 3, "markersize": 5, "linewidth": 1.6}
     interval_bars(axes, at, mean, low, high, horizontal, **style)
     return mean, low, high
 
@@ -105,7 +105,7 @@ def tau(results: Results) -> plt.Figure | None:
     axes.plot(points["speedup_ideal"], color=GREY, linestyle="--", label="ideal, this study")
     middle = points["speed_expert_forward"]
     lower, upper = (points[f"speed_expert_forward_{side}_quartile"] for side in ("lower", "upper"))
-    style = {"color": BLUE, "marker": "o", "capsize": 3, "linewidth": 2}
+    style: dict[str, Any] = {"color": BLUE, "marker": "o", "capsize": 3, "linewidth": 2}
     label = "measured, this study (median, quartiles)"
     interval_bars(axes, points.index, middle, lower, upper, label=label, **style)
     axes.set_yscale("log")

@@ -136,33 +136,27 @@ class Overview(Progress):
         columns = ("{task.description}", BarColumn(), "{task.percentage:.0f} %", "{task.fields[left]}")
         super().__init__(*columns, console=console, disable=not console.is_terminal)
         self.flops_left = {run.name: flops_left(run) for run in runs}
-        self.total, self.n_ended, self.begun = sum(self.flops_left.values()), 0, time.monotonic()
-        self.bar = self.add_task("", total=self.total, left="")
+        self.flops, self.n_ended, self.begun = sum(self.flops_left.values()), 0, time.monotonic()
+        self.bar = self.add_task("", total=1.0, left="")
 
     def show(self, running: list[Run]) -> None:
         self.flops_left |= {run.name: flops_left(run) for run in running}
         names = ", ".join(f"{run.name} {steps_done(run)}/{run.variant.steps}" for run in running)
         description = f"{self.n_ended}/{len(self.flops_left)} runs │ {names}"
-        self.update(self.bar, description=description, completed=self.flops_done, left=self.time_left())
+        done, left = 1 - sum(self.flops_left.values()) / self.flops, ""
+        if done > 0:
+            seconds = (time.monotonic() - self.begun) * (1 / done - 1)
+            left = f"about {timedelta(seconds=round(seconds))} left"
+        self.update(self.bar, description=description, completed=done, left=left)
 
     def end(self, run: Run) -> None:
         """Print how the run ended."""
         self.n_ended += 1
         self.flops_left[run.name] = 0.0
-        how = f"failed: {run.failure}" if run.failure else "done"
-        line = f"[{self.n_ended}/{len(self.flops_left)}] {run.name} {how} │ {self.time_left()}"
+        self.show([])
+        how, left = f"failed: {run.failure}" if run.failure else "done", self.tasks[0].fields["left"]
+        line = f"[{self.n_ended}/{len(self.flops_left)}] {run.name} {how} │ {left}"
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    @property
-    def flops_done(self) -> float:
-        """In this call."""
-        return self.total - sum(self.flops_left.values())
-
-    def time_left(self) -> str:
-        if self.flops_done <= 0:
-            return ""
-        seconds = (time.monotonic() - self.begun) * (self.total / self.flops_done - 1)
-        return f"about {timedelta(seconds=round(seconds))} left"
 
 
 def flops_left(run: Run) -> float:
