@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -87,14 +86,14 @@ def execute(runs: list[Run], workers: Workers) -> None:
     """Train them all. One that fails leaves failed.txt and does not keep the others back."""
     if not runs:
         return
-    waiting = deque((run, run.options) for run in runs)  # resolved now: a recipe may change in the meantime
+    waiting = [(run, run.options) for run in runs]  # resolved now: a recipe may change in the meantime
     busy: dict[int, tuple[Run, subprocess.Popen]] = {}  # by slot
     with Overview(runs) as overview:
         try:
             while waiting or busy:
                 for slot in range(workers.jobs):
                     if slot not in busy and waiting:
-                        run, options = waiting.popleft()
+                        run, options = waiting.pop(0)
                         busy[slot] = run, workers.start(run, options, slot)
                 for slot, (run, process) in list(busy.items()):
                     if process.poll() is not None:
