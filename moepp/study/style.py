@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -21,6 +23,17 @@ STYLE: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
     "legend.frameon": False,
 }
+
+
+def interval_bars(
+    axes: Axes, at: Any, value: Any, low: Any, high: Any, horizontal: bool = False, **style: Any
+) -> None:
+    """Points with their intervals; an interval of the basic bootstrap may lie beside its point."""
+    error = np.maximum(0, [value - low, high - value]).reshape(2, -1)
+    if horizontal:
+        axes.errorbar(value, at, xerr=error, **style)
+    else:
+        axes.errorbar(at, value, yerr=error, **style)
 
 
 def save(figure: plt.Figure, path: Path) -> None:

@@ -87,7 +87,8 @@ def run(verb: str, arguments: list[str]) -> None:
     data = TokenDataModule(**matrix.reference.options["data"])
     data.prepare_data()
     data.setup()
-    with locked(out) as lock, terminated_like_interrupted():
+    with locked(out) as lock:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # it stops the runs as Ctrl-C does
         workers = Workers(jobs, matrix.devices, gpus, lock)
         execute([run for run in runs if not run.finished], workers)
         torch.set_num_threads(workers.threads)  # the speeds in the report are measured as the runs were trained
@@ -135,16 +136,6 @@ def locked(out: Path) -> Iterator[IO[str]]:
         yield lock
 
 
-@contextmanager
-def terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM stops the runs as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def dry_run(matrix: Matrix, runs: list[Run]) -> None:
     """Print every variant with its runs and what these would cost."""
     finished = [run for run in runs if run.finished]
@@ -159,20 +150,16 @@ def dry_run(matrix: Matrix, runs: list[Run]) -> None:
     table = Table("variant", title=f"{len(runs)} runs of {matrix.path}", box=SIMPLE)
     for title in ("to run", "finished", "parameters", "active/token", "tokens", "FLOPs/run", "time/run"):
         table.add_column(title, justify="right", no_wrap=True)
-    flops_left = 0.0
     for variant in matrix.variants:
-        own = [run for run in runs if run.variant is variant]
-        n_finished = sum(run.finished for run in own)
-        flops = variant.training_flops()
-        flops_left += (len(own) - n_finished) * flops
-        parameters = count_parameters(variant.transformer, variant.moe)
+        done = [run.finished for run in runs if run.variant is variant]
+        parameters, flops = count_parameters(variant.transformer, variant.moe), variant.training_flops()
         active = parameters.active(variant.moe.expected_ffn_per_token)
         millions = (f"{number / 1e6:.2f}M" for number in (parameters.total, active, variant.tokens))
         time = timedelta(seconds=round(flops * per_flop))
-        table.add_row(
-            variant.name, str(len(own) - n_finished), str(n_finished), *millions, f"{flops:.3g}", str(time)
-        )
+        n_runs = str(done.count(False)), str(done.count(True))
+        table.add_row(variant.name, *n_runs, *millions, f"{flops:.3g}", str(time))
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
+    flops_left = sum(run.variant.training_flops() for run in runs if not run.finished)
     total = timedelta(seconds=round(flops_left * per_flop))
     console.print(f"in all {flops_left:.3g} FLOPs, about {total} one after another, {how}", highlight=False)

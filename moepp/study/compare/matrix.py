@@ -131,9 +131,11 @@ def read_matrix(path: Path) -> dict[str, Any]:
     if matrix.get("reference") not in matrix["variants"]:
         raise InputError(f"{path}: its reference {matrix.get('reference')!r} is none of its variants")
     for name, entry in matrix["variants"].items():
-        if not isinstance(entry, dict | None) or not isinstance(name, str) or not is_file_name(name):
+        is_file_name = isinstance(name, str) and name != "" and "\0" not in name and Path(name).name == name
+        if not is_file_name or not isinstance(entry, dict | None):
             raise InputError(f"{path}: variant {name!r}: is no name with a mapping of options")
-        entry, where = entry or {}, f"{path}: variant {name}:"
+        matrix["variants"][name] = entry = entry or {}
+        where = f"{path}: variant {name}:"
         for plot in require_type(entry.get("plots", []), list, f"{where} plots"):
             if plot not in PLOTS:
                 raise InputError(f"{where} no plot {plot!r}: use {', '.join(PLOTS)}")
@@ -143,10 +145,6 @@ def read_matrix(path: Path) -> dict[str, Any]:
             for figure in require_type(figures, dict, f"{where} paper.{quantity}").values():
                 require_type(figure, (int, float), f"{where} paper.{quantity}")
     return matrix
-
-
-def is_file_name(name: str) -> bool:
-    return name != "" and "\0" not in name and Path(name).name == name
 
 
 def require_type(value: Any, kind: Any, name: str) -> Any:
@@ -164,7 +162,6 @@ def resolve(path: Path, matrix: dict[str, Any], base: Path, overrides: list[str]
     """
     variants: dict[str, Variant] = {}
     for name, entry in matrix["variants"].items():
-        entry = entry or {}
         options = partial(fit_options, base, overrides, entry)
         variant = Variant(name, options, entry.get("paper", {}), tuple(entry.get("plots", ())))
         try:
@@ -187,18 +184,17 @@ def fit_options(base: Path, overrides: list[str], entry: dict[str, Any], seed: i
         recipe.write_text(yaml.safe_dump({key: value for key, value in entry.items() if key not in STUDY_KEYS}))
         arguments = ["--config", str(base), *overrides, "--config", str(recipe), f"--seed_everything={seed}"]
         options = lightning_cli.resolve(arguments)
-    trainer = options["trainer"]
     del options["base"]  # resolved
-    own = {"ckpt_path": options.pop("ckpt_path"), "trainer.default_root_dir": trainer.pop("default_root_dir")}
-    for key, value in own.items():
-        if value is not None:
+    trainer = options["trainer"]
+    for key, section in (("ckpt_path", options), ("trainer.default_root_dir", trainer)):
+        if (value := section.pop(key.removeprefix("trainer."))) is not None:
             raise InputError(f"{key}: a study gives each run its own, so {value} cannot be set")
     options["model"]["transformer"]["intermediate_size"] *= entry.get("ffn_width", 1)
-    if trainer["devices"] == "auto":
-        trainer["devices"] = 1  # the same run on any machine; more GPUs take more runs at once
-    if not str(trainer["devices"]).isdigit() or int(trainer["devices"]) < 1:
-        raise InputError(f"trainer.devices: a study needs a number of devices, got {trainer['devices']}")
-    trainer["devices"] = int(trainer["devices"])  # the command line's is a string
+    # auto: the same run on any machine; more GPUs take more runs at once
+    devices = "1" if trainer["devices"] == "auto" else str(trainer["devices"])
+    if not devices.isdecimal() or int(devices) < 1:
+        raise InputError(f"trainer.devices: a study needs a number of devices, got {devices}")
+    trainer["devices"] = int(devices)
     if trainer["max_steps"] < 1:
         raise InputError(f"trainer.max_steps: a study needs a number of steps, got {trainer['max_steps']}")
     return options

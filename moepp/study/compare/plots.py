@@ -1,6 +1,7 @@
 """The plots of a study: each shows columns of its results, or is left out where there is too little to show."""
 
 from itertools import cycle
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -8,9 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
 from moepp.study.compare.results import PAIRED, Results
-from moepp.study.style import BLACK, BLUE, COLOURS, ORANGE
+from moepp.study.style import BLACK, BLUE, COLOURS, GREY, ORANGE, interval_bars
 
-GREY = "#7F7F7F"
 LEGEND = "mean over seeds and 95 % interval;\nblue or orange where it excludes zero"
 
 
@@ -32,13 +32,13 @@ def curves(results: Results) -> plt.Figure | None:
                 x, mean.loss - deviation, mean.loss + deviation, color=colour, alpha=0.2, linewidth=0
             )
     low, high = pd.concat(late).agg(["min", "max"])
-    by_tokens.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
+    margin = 0.05 * (high - low) + 1e-3
+    by_tokens.set(xlabel="training tokens", ylabel="validation loss (nats per token)")
+    by_tokens.set_ylim(low - margin, high + margin)
+    by_flops.set_xlabel("training FLOPs (measured FFN share)")
     for axes in (by_tokens, by_flops):
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_major_locator(MaxNLocator(5))
-    by_tokens.set_xlabel("training tokens")
-    by_flops.set_xlabel("training FLOPs (measured FFN share)")
-    by_tokens.set_ylabel("validation loss (nats per token)")
     by_tokens.legend()
     return figure
 
@@ -50,7 +50,7 @@ def differences(results: Results) -> plt.Figure | None:
         return None
     figure, axes = plt.subplots(figsize=(8, 1.4 + 0.36 * len(compared)))
     for y, (_, row) in enumerate(compared.iterrows()):
-        mean, low, high = errorbar(axes, row, y=y)
+        mean, low, high = loss_difference(axes, y, row, horizontal=True)
         label = f"{mean:+.4f}" + (f"  [{low:+.4f}, {high:+.4f}]" if low <= high else "")
         axes.annotate(
             label, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=8.5, family="monospace"
@@ -72,7 +72,7 @@ def constants(results: Results) -> plt.Figure | None:
     figure, axes = plt.subplots(figsize=(6, 4))
     axes.plot(points["loss_difference"], color=GREY, linewidth=1, zorder=1)
     for n_const, row in points.iterrows():
-        errorbar(axes, row, x=n_const)
+        loss_difference(axes, n_const, row)
     reference = results.matrix.reference.name
     axes.axhline(0, color=BLACK, linewidth=1, linestyle="--")
     axes.annotate(reference, (1, 0), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9)
@@ -82,13 +82,12 @@ def constants(results: Results) -> plt.Figure | None:
     return figure
 
 
-def errorbar(axes: Axes, row: pd.Series, **place: float) -> tuple[float, float, float]:
-    """The loss difference with its interval, across at height `y` or upright at `x`. Returns (mean, low, high)."""
+def loss_difference(axes: Axes, at: Any, row: pd.Series, horizontal: bool = False) -> tuple[float, float, float]:
+    """A variant's, with its interval. Returns (mean, low, high)."""
     mean, low, high, _, verdict = (row[f"loss_difference{part}"] for part in PAIRED)
     colour = {"better": BLUE, "worse": ORANGE}.get(verdict, GREY)
-    value, error = ("x", "xerr") if "y" in place else ("y", "yerr")
-    where = {value: mean, error: [[mean - low], [high - mean]], **place}
-    axes.errorbar(**where, fmt="o", color=colour, capsize=3, markersize=5, linewidth=1.6)
+    style: dict[str, Any] = {"fmt": "o", "color": colour, "capsize": 3, "markersize": 5, "linewidth": 1.6}
+    interval_bars(axes, at, mean, low, high, horizontal, **style)
     return mean, low, high
 
 
@@ -106,23 +105,14 @@ def tau(results: Results) -> plt.Figure | None:
     axes.plot(points["speedup_ideal"], color=GREY, linestyle="--", label="ideal, this study")
     middle = points["speed_expert_forward"]
     lower, upper = (points[f"speed_expert_forward_{side}_quartile"] for side in ("lower", "upper"))
+    style: dict[str, Any] = {"color": BLUE, "marker": "o", "capsize": 3, "linewidth": 2}
     label = "measured, this study (median, quartiles)"
-    axes.errorbar(
-        points.index,
-        middle,
-        yerr=[middle - lower, upper - middle],
-        color=BLUE,
-        marker="o",
-        capsize=3,
-        linewidth=2,
-        label=label,
-    )
+    interval_bars(axes, points.index, middle, lower, upper, label=label, **style)
     axes.set_yscale("log")
     ticks = [1, 1.5, 2, 3, 4, 6]
     axes.set_yticks(ticks, [f"{tick}×" for tick in ticks])
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xticks(points.index, [f"{t:g}" for t in points.index])
-    axes.set_xlabel("τ")
-    axes.set_ylabel("expert-forward speed-up over vanilla")
+    axes.set(xlabel="τ", ylabel="expert-forward speed-up over vanilla")
     axes.legend()
     return figure

@@ -63,7 +63,6 @@ def markdown(results: Results, runs: list[Run], failed: list[Run], pictures: lis
         matrix=results.matrix,
         reference=results.matrix.reference.name,
         rows=rows,
-        timed=[row for row in rows if row["speed_rounds"]],
         domains=[name.partition("/")[2] for name in results.variants.filter(like=f"{BITS}_mean/")],
         n_seeds=len({run.seed for run in runs}),
         n_intervals=sum(not math.isnan(row["loss_difference_low"]) for row in rows),

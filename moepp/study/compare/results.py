@@ -143,10 +143,8 @@ def at_equal_flops(ours: Curves, theirs: Curves) -> pd.DataFrame:
     found = {}
     for seed in ours.keys() & theirs.keys():
         pair = ours[seed], theirs[seed]
-        if any(curve.empty for curve in pair):
-            continue
-        flops = min(curve.flops.iloc[-1] for curve in pair)
-        if flops >= max(curve.flops.iloc[0] for curve in pair):
+        flops = np.min([curve.flops.max() for curve in pair])  # NaN, which is not above anything, of an empty one
+        if flops >= np.max([curve.flops.min() for curve in pair]):
             found[seed] = [flops, *(np.interp(flops, curve.flops, curve.loss) for curve in pair)]
     return pd.DataFrame.from_dict(found, orient="index", columns=columns, dtype=float)
 

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -87,14 +86,14 @@ def execute(runs: list[Run], workers: Workers) -> None:
     """Train them all. One that fails leaves failed.txt and does not keep the others back."""
     if not runs:
         return
-    waiting = deque((run, run.options) for run in runs)  # resolved now: a recipe may change in the meantime
+    waiting = [(run, run.options) for run in runs]  # resolved now: a recipe may change in the meantime
     busy: dict[int, tuple[Run, subprocess.Popen]] = {}  # by slot
     with Overview(runs) as overview:
         try:
             while waiting or busy:
                 for slot in range(workers.jobs):
                     if slot not in busy and waiting:
-                        run, options = waiting.popleft()
+                        run, options = waiting.pop(0)
                         busy[slot] = run, workers.start(run, options, slot)
                 for slot, (run, process) in list(busy.items()):
                     if process.poll() is not None:
@@ -123,8 +122,8 @@ def keep_weights_alone(run: Run) -> None:
 
 def write_failure(run: Run, exit_code: int) -> None:
     """failed.txt: the exit code and the last line that the run printed."""
-    lines = (run.folder / "output.log").read_text(errors="replace").split("\n")
-    last_line = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+    output = (run.folder / "output.log").read_text(errors="replace").strip()
+    last_line = output.rpartition("\n")[2].strip() or "it printed nothing"
     (run.folder / "failed.txt").write_text(f"exit code {exit_code}: {last_line}\n")
 
 
@@ -135,47 +134,38 @@ class Overview(Progress):
         console = Console()
         columns = ("{task.description}", BarColumn(), "{task.percentage:.0f} %", "{task.fields[left]}")
         super().__init__(*columns, console=console, disable=not console.is_terminal)
+        self.flops_left = {run.name: flops_left(run) for run in runs}
+        self.flops, self.n_ended, self.begun = sum(self.flops_left.values()), 0, time.monotonic()
         self.bar = self.add_task("", total=1.0, left="")
-        self.begun = time.monotonic()
-        self.runs, self.ended = runs, list[Run]()
-        self.steps_before = {run.name: steps_done(run) for run in runs}
 
     def show(self, running: list[Run]) -> None:
+        self.flops_left |= {run.name: flops_left(run) for run in running}
         names = ", ".join(f"{run.name} {steps_done(run)}/{run.variant.steps}" for run in running)
-        description, share = f"{len(self.ended)}/{len(self.runs)} runs │ {names}", self.share(running)
-        self.update(self.bar, description=description, completed=share, left=self.time_left(share))
+        description = f"{self.n_ended}/{len(self.flops_left)} runs │ {names}"
+        done, left = 1 - sum(self.flops_left.values()) / self.flops, ""
+        if done > 0:
+            seconds = (time.monotonic() - self.begun) * (1 / done - 1)
+            left = f"about {timedelta(seconds=round(seconds))} left"
+        self.update(self.bar, description=description, completed=done, left=left)
 
     def end(self, run: Run) -> None:
         """Print how the run ended."""
-        self.ended.append(run)
-        how = f"failed: {run.failure}" if run.failure else "done"
-        line = f"[{len(self.ended)}/{len(self.runs)}] {run.name} {how} │ {self.time_left(self.share([]))}"
+        self.n_ended += 1
+        self.flops_left[run.name] = 0.0
+        self.show([])
+        how, left = f"failed: {run.failure}" if run.failure else "done", self.tasks[0].fields["left"]
+        line = f"[{self.n_ended}/{len(self.flops_left)}] {run.name} {how} │ {left}"
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def share(self, running: list[Run]) -> float:
-        """What is done of the FLOPs that this call has to spend."""
-        done = sum(map(self.flops, self.ended)) + sum(self.flops(run, steps_done(run)) for run in running)
-        return done / sum(map(self.flops, self.runs))
 
-    def flops(self, run: Run, steps: float | None = None) -> float:
-        """Of the run's steps in this call, up to `steps`; else of all, with 5 % for the last validation."""
-        steps = 1.05 * run.variant.steps if steps is None else steps
-        return run.variant.training_flops() * max(0, steps - self.steps_before[run.name]) / run.variant.steps
-
-    def time_left(self, share: float) -> str:
-        if share <= 0:
-            return ""
-        seconds = (time.monotonic() - self.begun) * (1 - share) / share
-        return f"about {timedelta(seconds=round(seconds))} left"
+def flops_left(run: Run) -> float:
+    """With 5 % of the training's for the last validation."""
+    return run.variant.training_flops() * (1.05 - steps_done(run) / run.variant.steps)
 
 
 def steps_done(run: Run) -> int:
     """The last step in the run's metrics.csv."""
     path = run.folder / "metrics.csv"
-    if not path.is_file():
-        return 0
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 4096))
-        whole_lines = file.read().decode(errors="replace").split("\n")[:-1]
-    step = whole_lines[-1].split(",")[0] if whole_lines else ""
+    whole_lines = path.read_bytes().rpartition(b"\n")[0] if path.is_file() else b""
+    step = whole_lines.rpartition(b"\n")[2].partition(b",")[0]
     return int(step) if step.isdigit() else 0

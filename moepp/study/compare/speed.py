@@ -4,7 +4,6 @@ Runs of their own, hours apart on a machine that others use, would compare the m
 of a pair alternate, and what counts is the ratio within each round.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +11,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moepp.model import MoELayer, Routing
 from moepp.study.compare.matrix import Matrix, Run, Variant
 from moepp.study.timing import TrainingStep, in_turn, quartiles
-from moepp.system.files import replacing
+from moepp.system.files import replacing, sha256_of_file
 from moepp.system.machine import device_name, keep_freed_memory, provenance
 from moepp.text.data_module import TokenDataModule
 from moepp.training.checkpoint import last_checkpoint, read_checkpoint
@@ -39,8 +38,7 @@ def measure(matrix: Matrix, runs: list[Run], cache: Path) -> dict[str, dict[str,
     if (reference := trained.get(matrix.reference.name)) is None:
         return {}
     device = best_device(matrix.reference)
-    contents = {run.name: (run.folder / "result.json").read_bytes() for run in trained.values()}
-    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    hashes = {run.name: sha256_of_file(run.folder / "result.json") for run in trained.values()}
     key = {"device": device_name(device), **provenance(), "runs": hashes}
     if cache.is_file() and (saved := json.loads(cache.read_text()))["key"] == key:
         return saved["speeds"]
@@ -101,8 +99,7 @@ class TimedModel:
         """A function that runs the experts of every layer on what these receive from the batch, already routed."""
         received: list[tuple[MoELayer, Tensor, Routing]] = []
 
-        def receive(moe: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Routing]) -> None:
-            assert isinstance(moe, MoELayer)
+        def receive(moe: MoELayer, inputs: tuple[Tensor, ...], output: tuple[Tensor, Routing]) -> None:
             received.append((moe, inputs[0].flatten(0, 1).to(self.dtype), output[1]))
 
         layers = [module for module in self.lit.modules() if isinstance(module, MoELayer)]

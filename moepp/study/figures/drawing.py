@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
 from moepp.study.figures.findings import Estimate
-from moepp.study.style import BLACK, KIND_COLOURS
+from moepp.study.style import BLACK, KIND_COLOURS, interval_bars
 
 KIND_NAMES = {"ffn": "FFN", "const": "constant", "copy": "copy", "zero": "zero"}
 FFN_COLOUR = KIND_COLOURS["ffn"]
@@ -21,11 +20,9 @@ PER_TOKEN = "FFN experts per token"
 
 
 def whiskers(axes: Axes, at: Any, estimate: Estimate, horizontal: bool = False, **style: Any) -> None:
-    """Points with their intervals; an interval of the basic bootstrap may lie beside its point."""
-    error = np.maximum(0, [estimate.value - estimate.low, estimate.high - estimate.value])
-    x, y, name = (estimate.value, at, "xerr") if horizontal else (at, estimate.value, "yerr")
-    style = {name: error, "color": BLACK, "markersize": 4, "linewidth": 1.2, "capsize": 2.5, "zorder": 4} | style
-    axes.errorbar(x, y, **style)
+    """An estimate as points with their intervals."""
+    style = {"color": BLACK, "markersize": 4, "linewidth": 1.2, "capsize": 2.5, "zorder": 4} | style
+    interval_bars(axes, at, estimate.value, estimate.low, estimate.high, horizontal, **style)
 
 
 def whiskers_by_name(axes: Axes, names: Sequence[str], estimate: Estimate, **style: Any) -> None:
