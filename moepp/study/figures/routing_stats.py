@@ -1,11 +1,10 @@
 """What routers decide, counted in one pass: memory does not grow with the text.
 
-B windows of S tokens, L layers, E experts of k kinds, K choices a token, D domains, C parts of speech, V tokens of
+Windows of S tokens, L layers, E experts of k kinds, K choices a token, D domains, C parts of speech, V tokens of
 the vocabulary. A token's FFN count is how many FFN experts are among its K choices. Counts are whole numbers, so
 that sums do not depend on their order.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -86,39 +85,23 @@ class RoutingCounts:
         has_text_V = np.array([bool(text) for text in self.texts_V])
         return np.flatnonzero(has_text_V & (self.token_n >= self.min_count))
 
-    def add(
-        self,
-        domains: Sequence[str],
-        tokens_BS: np.ndarray,
-        classes_BS: np.ndarray,
-        valid_BS: np.ndarray,
-        experts_BSLK: np.ndarray,
-    ) -> None:
-        """Count B windows. A class below 0 is none; what is not `valid` is padding."""
-        chosen_BSLE = (experts_BSLK[..., None] == np.arange(self.moe.n_experts)).sum(-2)
-        chosen_BSLE *= valid_BS[..., None, None]
-        kinds_BSLk = np.stack([chosen_BSLE[..., where].sum(-1) for where in self.kinds.values()], -1)
-        self.flow_Lkk += np.einsum("bsli,bslj->lij", kinds_BSLk[:, :, :-1], kinds_BSLk[:, :, 1:])
+    def add(self, domain: str, tokens_S: np.ndarray, classes_S: np.ndarray, experts_SLK: np.ndarray) -> None:
+        """Count the domain's next window. A class below 0 is none."""
+        chosen_SLE = (experts_SLK[..., None] == np.arange(self.moe.n_experts)).sum(-2)
+        kinds_SLk = by_kind(self.kinds, chosen_SLE)
+        self.flow_Lkk += np.einsum("sli,slj->lij", kinds_SLk[:, :-1], kinds_SLk[:, 1:])
 
-        ffn_BSL = kinds_BSLk[..., 0]
+        ffn_SL = kinds_SLk[..., 0]
         if not self.passage:
-            first_S = valid_BS[0] & (np.arange(valid_BS.shape[1]) < PASSAGE)
-            self.passage = tokens_BS[0, first_S], ffn_BSL[0, first_S]
-        ffn_BS = ffn_BSL.sum(-1)
-        np.add.at(self.token_n, tokens_BS[valid_BS], 1)
-        np.add.at(self.token_ffn, tokens_BS[valid_BS], ffn_BS[valid_BS])
-        np.add.at(self.token_ffn_squared, tokens_BS[valid_BS], ffn_BS[valid_BS] ** 2)
+            self.passage = tokens_S[:PASSAGE], ffn_SL[:PASSAGE]
+        ffn_S = ffn_SL.sum(-1)
+        np.add.at(self.token_n, tokens_S, 1)
+        np.add.at(self.token_ffn, tokens_S, ffn_S)
+        np.add.at(self.token_ffn_squared, tokens_S, ffn_S**2)
 
-        in_class_BSC = (classes_BS[..., None] == np.arange(len(CLASSES))) & valid_BS[..., None]
-        sums = (
-            valid_BS.sum(1),
-            chosen_BSLE.sum(1),
-            np.einsum("bsl,bsm->blm", ffn_BSL, ffn_BSL),
-            in_class_BSC.sum(1),
-            np.einsum("bs,bsc->bc", ffn_BS, in_class_BSC),
-        )
-        for b, domain in enumerate(domains):
-            self.passages.add(domain, np.concatenate([part_B[b].ravel() for part_B in sums]))
+        in_class_SC = classes_S[:, None] == np.arange(len(CLASSES))
+        sums = len(tokens_S), chosen_SLE.sum(0), ffn_SL.T @ ffn_SL, in_class_SC.sum(0), ffn_S @ in_class_SC
+        self.passages.add(domain, np.concatenate([np.ravel(part) for part in sums]))
 
     def sums(self, flat_DX: np.ndarray) -> "Sums":
         """Sums over passages, (…, D, X), by their names."""
@@ -126,6 +109,11 @@ class RoutingCounts:
         n, chosen, products, class_n, class_ffn = np.split(flat_DX, np.cumsum([1, L * E, L * L, C]), axis=-1)
         chosen_DLE, products_DLL = chosen.reshape(*before, L, E), products.reshape(*before, L, L)
         return Sums(self.kinds, n[..., 0], chosen_DLE, products_DLL, class_n, class_ffn)
+
+
+def by_kind(kinds: dict[str, slice], array_E: np.ndarray) -> np.ndarray:
+    """Sums over the experts of each kind: (…, E) → (…, k)."""
+    return np.stack([array_E[..., where].sum(-1) for where in kinds.values()], -1)
 
 
 @dataclass(frozen=True)
