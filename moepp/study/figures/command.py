@@ -4,22 +4,17 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
 from moepp.model import InputError, Transformer
-from moepp.study.figures import finding_figures, paper_figures
-from moepp.study.figures.drawing import save_small
 from moepp.study.figures.findings import Bootstrap, Finding, findings
-from moepp.study.figures.page import page
+from moepp.study.figures.page import page, write_csv, write_pictures
 from moepp.study.figures.parts_of_speech import PartsOfSpeech, open_tagger, token_texts
-from moepp.study.figures.picture import Picture, write_csv
 from moepp.study.figures.read_text import read_text
 from moepp.study.figures.routing_stats import RoutingCounts
-from moepp.study.style import STYLE
 from moepp.text.held_out import TextOptions, open_held_out
 from moepp.training.checkpoint import Loaded, load, newest_checkpoint
 from moepp.training.lightning_cli import OneLineParser
@@ -113,26 +108,6 @@ def load_other(path: str, loaded: Loaded) -> Transformer:
             "swap the two"
         )
     return other.model
-
-
-def write_pictures(bootstrap: Bootstrap, folder: Path) -> tuple[list[tuple[Picture, str, Path]], dict[str, str]]:
-    """A PNG and a CSV of each picture.
-
-    Returns:
-        pictures with their sentences and PNGs; and the names of those not drawn, and why.
-    """
-    drawn, missing = [], {}
-    with plt.rc_context(STYLE):
-        for picture in [*paper_figures.PICTURES, *finding_figures.PICTURES]:
-            if why := picture.obstacle(bootstrap):
-                missing[picture.name] = why
-                continue
-            table, sentence, figure = picture.draw(bootstrap)
-            png = folder / f"{picture.stem}.png"
-            write_csv(table, png.with_suffix(".csv"))
-            save_small(figure, png)
-            drawn.append((picture, sentence, png))
-    return drawn, missing
 
 
 def summary(found: list[Finding], missing: dict[str, str], folder: Path) -> None:

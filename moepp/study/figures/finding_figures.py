@@ -10,21 +10,23 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path
 
-from moepp.study.figures.drawing import (
+from moepp.study.figures.findings import Bootstrap, Estimate
+from moepp.study.figures.picture import (
     FFN_COLOUR,
     KIND_NAMES,
     PER_TOKEN,
+    Drawn,
+    combinations,
     legend_of_kinds,
+    picture,
     whiskers,
     whiskers_by_name,
 )
-from moepp.study.figures.findings import Bootstrap, Estimate
-from moepp.study.figures.picture import Drawn, combinations, no_kinds, one_domain, one_layer, picture
 from moepp.study.figures.routing_stats import Sums
 from moepp.study.style import BLACK, GREY, KIND_COLOURS
 
 
-@picture("finding 1", "Finding 1: FFN load of pairs of layers", no_kinds, one_layer)
+@picture("finding 1", "Finding 1: FFN load of pairs of layers", "kinds", "layers")
 def finding1_correlation(measured: Bootstrap) -> Drawn:
     estimate_LL, layers = measured.estimate(Sums.correlation), measured.counts.layers
     columns = estimate_LL.map(np.ravel).columns("correlation")
@@ -48,7 +50,7 @@ def finding1_correlation(measured: Bootstrap) -> Drawn:
     return table, sentence, figure
 
 
-@picture("finding 2", "Finding 2: variation of FFN load across domains, layer by layer", no_kinds, one_domain)
+@picture("finding 2", "Finding 2: variation of FFN load across domains, layer by layer", "kinds", "domains")
 def finding2_spread(measured: Bootstrap) -> Drawn:
     variance_L, layers = measured.above_chance(Sums.spread_by_layer), measured.counts.layers
     sd_L = variance_L.map(lambda variance_L: np.sqrt(np.maximum(variance_L, 0)))
@@ -61,7 +63,7 @@ def finding2_spread(measured: Bootstrap) -> Drawn:
     return table, sentence, between_domains(sd_L, "s.d. between domains of\nFFN experts per token")
 
 
-@picture("finding 3", "Finding 3: FFN experts per token, by domain", no_kinds)
+@picture("finding 3", "Finding 3: FFN experts per token, by domain", "kinds")
 def finding3_ffn_by_domain(measured: Bootstrap) -> Drawn:
     domains, n_D = measured.counts.domains, measured.sums.n_D.astype(int)
     ffn_D = measured.estimate(lambda sums: sums.ffn_by_layer()[..., -1])
@@ -73,7 +75,7 @@ def finding3_ffn_by_domain(measured: Bootstrap) -> Drawn:
     return table, f"FFN experts per token, mean over layers: {each}.", figure
 
 
-@picture("finding 4", "Finding 4: how often one expert of a kind is chosen", no_kinds)
+@picture("finding 4", "Finding 4: how often one expert of a kind is chosen", "kinds")
 def finding4_activations(measured: Bootstrap) -> Drawn:
     domains, kinds = measured.counts.domains, list(measured.counts.kinds)
     share_Dk = measured.estimate(Sums.activations)
@@ -94,7 +96,7 @@ def finding4_activations(measured: Bootstrap) -> Drawn:
     return table, f"Share of tokens that choose one expert of the kind, mean over domains: {each}.", figure
 
 
-@picture("finding 5", "Finding 5: distance between the domains' expert distributions", one_domain)
+@picture("finding 5", "Finding 5: distance between the domains' expert distributions", "domains")
 def finding5_divergence(measured: Bootstrap) -> Drawn:
     bits_L = measured.above_chance(Sums.divergence_by_layer)
     shuffled_L = measured.chance(Sums.divergence_by_layer)
@@ -120,7 +122,7 @@ def between_domains(difference_L: Estimate, label: str, shuffled_L: np.ndarray |
     return figure
 
 
-@picture("pathway", "Pathway: the flow between expert kinds, from layer to layer", no_kinds, one_layer)
+@picture("pathway", "Pathway: the flow between expert kinds, from layer to layer", "kinds", "layers")
 def pathway(measured: Bootstrap) -> Drawn:
     """How choices flow from the kinds of one layer to those of the next; heights are shares of all choices."""
     sums, counts = measured.sums, measured.counts

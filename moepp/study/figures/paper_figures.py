@@ -8,10 +8,18 @@ import pandas as pd
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import Rectangle
 
-from moepp.study.figures.drawing import FFN_COLOUR, PER_TOKEN, legend_of_kinds, whiskers, whiskers_by_name
 from moepp.study.figures.findings import Bootstrap, Estimate
 from moepp.study.figures.parts_of_speech import CLASSES
-from moepp.study.figures.picture import Drawn, combinations, no_kinds, picture
+from moepp.study.figures.picture import (
+    FFN_COLOUR,
+    PER_TOKEN,
+    Drawn,
+    combinations,
+    legend_of_kinds,
+    picture,
+    whiskers,
+    whiskers_by_name,
+)
 from moepp.study.figures.routing_stats import SCORE_BINS, Sums
 from moepp.study.style import BLACK, KIND_COLOURS, PINK
 
@@ -40,7 +48,7 @@ def load(measured: Bootstrap) -> Drawn:
         f"{domains[ffn_D.argmin()]} and {ffn_D.max():.2f} in {domains[ffn_D.argmax()]}; layers "
         f"range from {ffn_L.min():.2f} to {ffn_L.max():.2f}."
     )
-    if no_kinds(measured):
+    if len(counts.kinds) == 1:
         busiest = (chosen_LDE.max(-1) / chosen_LDE.mean(-1)).max()
         sentence = f"The busiest FFN expert of a layer and domain has up to {busiest:.1f} times the mean load."
 
@@ -68,16 +76,7 @@ def load(measured: Bootstrap) -> Drawn:
     return table, sentence, figure
 
 
-def too_rare(measured: Bootstrap) -> str:
-    counts = measured.counts
-    return "" if len(counts.frequent_tokens) else f"no token occurs {counts.min_count} times: lower --min_count"
-
-
-def no_words(measured: Bootstrap) -> str:
-    return "" if measured.sums.class_n_DC.any() else "no word was tagged"
-
-
-@picture("FFN experts by token", "FFN experts per token, by token (figure 5)", no_kinds, too_rare)
+@picture("FFN experts by token", "FFN experts per token, by token (figure 5)", "kinds", "tokens")
 def tokens(measured: Bootstrap) -> Drawn:
     """All tokens in the order of their mean, largest first, and the first and last by name."""
     counts = measured.counts
@@ -114,7 +113,7 @@ def tokens(measured: Bootstrap) -> Drawn:
     return table, sentence, figure
 
 
-@picture("parts of speech", "FFN experts per token, by part of speech (figure 5)", no_kinds, no_words)
+@picture("parts of speech", "FFN experts per token, by part of speech (figure 5)", "kinds", "words")
 def parts_of_speech(measured: Bootstrap) -> Drawn:
     count_C = measured.sums.class_n_DC.sum(0).astype(int)
     found = np.flatnonzero(count_C)
@@ -134,7 +133,7 @@ def parts_of_speech(measured: Bootstrap) -> Drawn:
     return table, sentence, figure
 
 
-@picture("a passage of text", "A passage, shaded by FFN experts", no_kinds)
+@picture("a passage of text", "A passage, shaded by FFN experts", "kinds")
 def passage(measured: Bootstrap) -> Drawn:
     """The text with each token shaded by its FFN count, the mean over layers."""
     counts, (ids, ffn_SL) = measured.counts, measured.counts.passage

@@ -48,7 +48,7 @@ def read_text(
             for name, scores in counts.scores.items():
                 n_ranks = scores.low.shape[1]
                 top_TLR = torch.stack([routing.probs.topk(n_ranks).values for routing in routings[name]], 1)
-                scores.add(top_TLR[valid_T].cpu().numpy())
+                scores.add(top_TLR.cpu()[valid_T].numpy())
             experts_TLK = torch.stack([routing.experts for routing in next(iter(routings.values()))], 1)
             experts_BSLK = experts_TLK.unflatten(0, tokens_BS.shape).cpu().numpy()
             for (domain, tokens_S), experts_SLK in zip(windows, experts_BSLK, strict=True):
