@@ -8,21 +8,13 @@ import pandas as pd
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import Rectangle
 
-from moepp.study.figures.findings import Bootstrap, Estimate
+from moepp.study.figures.findings import Bootstrap, Estimate, combinations
 from moepp.study.figures.parts_of_speech import CLASSES
-from moepp.study.figures.picture import (
-    FFN_COLOUR,
-    PER_TOKEN,
-    Drawn,
-    combinations,
-    legend_of_kinds,
-    picture,
-    whiskers,
-    whiskers_by_name,
-)
+from moepp.study.figures.picture import PER_TOKEN, Drawn, ffn_by_name, legend_of_kinds, picture, whiskers
 from moepp.study.figures.routing_stats import SCORE_BINS, Sums
 from moepp.study.style import BLACK, KIND_COLOURS, PINK
 
+FFN_COLOUR = KIND_COLOURS["ffn"]
 FFN_SHADES = LinearSegmentedColormap.from_list("ffn", ["#FFFFFF", FFN_COLOUR])
 NAMED = 15  # tokens from either end of the order
 RANKS = ("highest", "second-highest")
@@ -103,12 +95,12 @@ def tokens(measured: Bootstrap) -> Drawn:
     every.set(xlabel="tokens, from most FFN experts to least", ylabel=f"{PER_TOKEN}, mean and 95 %")
     for axes, where, title in ((most, slice(NAMED), "most"), (least, slice(-NAMED, None), "least")):
         names = [label[:11] + "…" * (len(label) > 11) for label in labels[where]]
-        whiskers_by_name(axes, names, ffn[where], fmt="o", color=FFN_COLOUR)
+        ffn_by_name(axes, names, ffn[where])
         for name in axes.get_yticklabels():
             name.set(family="monospace", parse_math=False)
         for row, count in enumerate(n[where]):
             axes.text(1.02, row, f"×{count:,}", va="center", fontsize=8, transform=axes.get_yaxis_transform())
-        axes.set(xlim=every.get_ylim(), xlabel=PER_TOKEN)
+        axes.set_xlim(every.get_ylim())
         axes.set_title(title, fontsize=10)
     return table, sentence, figure
 
@@ -127,9 +119,9 @@ def parts_of_speech(measured: Bootstrap) -> Drawn:
     )
     figure, axes = plt.subplots(figsize=(6.5, 0.9 + 0.34 * len(names)))
     axes.barh(range(len(names)), ffn.value, 0.7, color=FFN_COLOUR)
-    whiskers_by_name(axes, [f"{name} (n = {n:,})" for name, n in zip(names, count, strict=True)], ffn, fmt="none")
+    labels = [f"{name} (n = {n:,})" for name, n in zip(names, count, strict=True)]
+    ffn_by_name(axes, labels, ffn, ", mean and 95 %", fmt="none", color=BLACK)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel(f"{PER_TOKEN}, mean and 95 %")
     return table, sentence, figure
 
 

@@ -16,7 +16,6 @@ from moepp.study.style import BLACK, KIND_COLOURS
 Drawn = tuple[pd.DataFrame, str, Figure]
 
 KIND_NAMES = {"ffn": "FFN", "const": "constant", "copy": "copy", "zero": "zero"}
-FFN_COLOUR = KIND_COLOURS["ffn"]
 PER_TOKEN = "FFN experts per token"
 
 
@@ -55,11 +54,6 @@ def lacking(measured: Bootstrap) -> dict[str, str]:
     return {need: why for need, (there, why) in needs.items() if not there}
 
 
-def combinations(**columns: Sequence[Any]) -> pd.DataFrame:
-    """A row for each combination of the columns' values, in the order of an array with these axes."""
-    return pd.MultiIndex.from_product(columns.values(), names=columns).to_frame(index=False)
-
-
 def whiskers(axes: Axes, at: Any, estimate: Estimate, horizontal: bool = False, **style: Any) -> None:
     """Points with their intervals; an interval of the basic bootstrap may lie beside its point."""
     error = np.maximum(0, [estimate.value - estimate.low, estimate.high - estimate.value])
@@ -68,11 +62,11 @@ def whiskers(axes: Axes, at: Any, estimate: Estimate, horizontal: bool = False, 
     axes.errorbar(x, y, **style)
 
 
-def whiskers_by_name(axes: Axes, names: Sequence[str], estimate: Estimate, **style: Any) -> None:
-    """The same of a list, from top to bottom."""
-    whiskers(axes, range(len(names)), estimate, horizontal=True, **style)
+def ffn_by_name(axes: Axes, names: Sequence[str], ffn: Estimate, what: str = "", **style: Any) -> None:
+    """FFN experts per token, listed from top to bottom."""
+    whiskers(axes, range(len(names)), ffn, horizontal=True, **{"fmt": "o", "color": KIND_COLOURS["ffn"]} | style)
     axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set(ylim=(len(names) - 0.5, -0.5), xlabel=PER_TOKEN + what)
 
 
 def legend_of_kinds(figure: Figure, kinds: Iterable[str], **others: Any) -> None:
