@@ -164,40 +164,34 @@ def passage(measured: Bootstrap) -> Drawn:
 @picture("routing scores", "Routing scores (figure 6)")
 def scores(measured: Bootstrap) -> Drawn:
     """Of the highest and the second-highest score: its density, of one or two checkpoints."""
-    scores_of, tables, sentence = measured.counts.scores, [], ""
+    scores_of, tables, variances, sentence = measured.counts.scores, [], [], ""
     bins = [f"tokens_from_{b / SCORE_BINS:.2f}" for b in range(SCORE_BINS)]
-    for name, of_model in scores_of.items():
+    n_ranks = next(iter(scores_of.values())).histogram.shape[1]
+    figure, grid = plt.subplots(1, n_ranks, figsize=(4.6 * n_ranks, 3.2), squeeze=False)
+    for (name, of_model), (colour, line) in zip(scores_of.items(), ((BLACK, "-"), (PINK, "--")), strict=False):
         L, n_ranks, _ = of_model.histogram.shape
         parts = {"all": slice(None)} | {str(i + 1): slice(i, i + 1) for i in range(L)}
         table = combinations(checkpoint=[name], layer=list(parts), rank=range(1, n_ranks + 1))
         moments = np.concatenate([of_model.moments(part) for part in parts.values()])
         table[["mean", "variance", "least", "largest"]] = moments
-        histogram = np.concatenate([of_model.histogram[part].sum(0) for part in parts.values()])
-        tables.append(table.join(pd.DataFrame(histogram, columns=bins)))
+        counts = np.concatenate([of_model.histogram[part].sum(0) for part in parts.values()])
+        tables.append(table.join(pd.DataFrame(counts, columns=bins)))
         each = [
             f"the {rank} score has mean {mean:.3f}, variance {variance:.4f}, range {least:.2f} to {largest:.2f}"
-            for rank, (mean, variance, least, largest) in zip(RANKS, of_model.moments(), strict=False)
+            for rank, (mean, variance, least, largest) in zip(RANKS[:n_ranks], moments, strict=False)
         ]
         sentence += f"{name}: {'; '.join(each)}. "
-    if len(scores_of) > 1:
-        ours, theirs = (of_model.moments()[:, 1] for of_model in scores_of.values())
-        ratios = " and ".join(f"{a / b:.2f}" for a, b in zip(ours, theirs, strict=False))
-        sentence += f"The variances of the first are {ratios} times those of the other."
-
-    n_ranks = next(iter(scores_of.values())).histogram.shape[1]
-    figure, grid = plt.subplots(1, n_ranks, figsize=(4.6 * n_ranks, 3.2), squeeze=False)
-    lines = ((BLACK, "-"), (PINK, "--"))
-    for (name, of_model), (colour, line) in zip(scores_of.items(), lines, strict=False):
-        count_RX = of_model.histogram.sum(0)
-        density_RX = count_RX / (count_RX.sum(-1, keepdims=True) / SCORE_BINS)
-        for axes, density_X in zip(grid[0], density_RX, strict=False):
-            edges = np.linspace(0, 1, SCORE_BINS + 1)
+        variances.append(moments[:n_ranks, 1])
+        for axes, count_X in zip(grid[0], counts[:n_ranks], strict=False):
+            density_X, edges = count_X / count_X.sum() * SCORE_BINS, np.linspace(0, 1, SCORE_BINS + 1)
             axes.stairs(density_X, edges, color=colour, linestyle=line, linewidth=1.8, label=name)
     for axes, rank, largest in zip(grid[0], RANKS, (1, 0.5), strict=False):  # the second is never above a half
         axes.set(xlabel="softmax probability of the expert", xlim=(0, largest + 0.01))
         axes.set_title(f"{rank} score", fontsize=10)
     grid[0, 0].set_ylabel("density over tokens and layers")
     if len(scores_of) > 1:
+        ratios = " and ".join(f"{ours / theirs:.2f}" for ours, theirs in zip(*variances, strict=False))
+        sentence += f"The variances of the first are {ratios} times those of the other."
         handles, names = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper center", ncols=len(names))
     return pd.concat(tables), sentence.strip(), figure

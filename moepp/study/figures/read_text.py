@@ -1,8 +1,7 @@
 """One pass of a text through the models: everything that is measured is counted on the way."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -37,8 +36,8 @@ def read_text(
     bytes_V = np.array([len(token.encode()) for token in counts.texts_V])
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     with Progress(*columns) as progress:
-        task = progress.add_task("reading text", total=text.size)
-        for windows in batches(text.windows(), max(1, BATCH_TOKENS // seq_len)):
+        task, stream = progress.add_task("reading text", total=text.size), text.windows()
+        while windows := list(islice(stream, max(1, BATCH_TOKENS // seq_len))):
             # padding comes last, where no token can see it
             tokens_BS = pad_sequence([torch.from_numpy(tokens_S) for _, tokens_S in windows], True, NONE).to(
                 device
@@ -59,9 +58,3 @@ def read_text(
         raise InputError(
             f"{text.name} has {n_tokens} tokens, fewer than one sequence of {seq_len}: give more text"
         )
-
-
-def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch

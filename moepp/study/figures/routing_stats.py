@@ -5,8 +5,10 @@ the vocabulary. A token's FFN count is how many FFN experts are among its K choi
 that sums do not depend on their order.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from scipy.special import entr
@@ -111,9 +113,9 @@ class RoutingCounts:
         return Sums(self.kinds, n[..., 0], chosen_DLE, products_DLL, class_n, class_ffn)
 
 
-def by_kind(kinds: dict[str, slice], array_E: np.ndarray) -> np.ndarray:
-    """Sums over the experts of each kind: (…, E) → (…, k)."""
-    return np.stack([array_E[..., where].sum(-1) for where in kinds.values()], -1)
+def by_kind(kinds: dict[str, slice], array_E: np.ndarray, reduce: Callable[..., Any] = np.sum) -> np.ndarray:
+    """Sums over the experts of each kind, or what `reduce` makes of them: (…, E) → (…, k)."""
+    return np.stack([reduce(array_E[..., where], axis=-1) for where in kinds.values()], -1)
 
 
 @dataclass(frozen=True)
@@ -153,15 +155,13 @@ class Sums:
 
     def activations(self) -> np.ndarray:
         """(D, k) share of tokens that choose an expert of the kind, mean over its experts and layers."""
-        share_DE = self.chosen_DLE.mean(-2) / self.n_D[..., None]
-        return np.stack([share_DE[..., where].mean(-1) for where in self.kinds.values()], -1)
+        return by_kind(self.kinds, self.chosen_DLE.mean(-2) / self.n_D[..., None], np.mean)
 
     def zero_excess(self) -> np.ndarray:
         """() The same of zero experts, less that of the most active other kind; NaN without zero experts."""
         share_E = self.chosen_DLE.sum(-3).mean(-2) / self.n_D.sum(-1)[..., None]
-        share = {kind: share_E[..., where].mean(-1) for kind, where in self.kinds.items()}
-        zero = share.pop("zero", np.full(share_E.shape[:-1], np.nan))
-        return zero - np.max(list(share.values()), axis=0)
+        share = dict(zip(self.kinds, np.moveaxis(by_kind(self.kinds, share_E, np.mean), -1, 0), strict=True))
+        return share.pop("zero", np.nan) - np.max(list(share.values()), axis=0)
 
     def correlation(self) -> np.ndarray:
         """(L, L) correlation between tokens of the FFN counts in two layers; NaN where one is constant."""
@@ -178,11 +178,9 @@ class Sums:
 
     def adjacent_correlation_of_domains(self) -> np.ndarray:
         """() The same of FFN experts per token, between domains instead of tokens; NaN below three domains."""
-        if self.ffn_DL.shape[-2] < 3:
-            return np.full(self.ffn_DL.shape[:-2], np.nan)
         z_DL = self.ffn_DL - self.ffn_DL.mean(-2, keepdims=True)
         z_DL = z_DL / np.sqrt((z_DL**2).sum(-2, keepdims=True))
-        return (z_DL[..., 1:] * z_DL[..., :-1]).sum(-2).mean(-1)
+        return np.where(self.n_D.shape[-1] < 3, np.nan, (z_DL[..., 1:] * z_DL[..., :-1]).sum(-2).mean(-1))
 
     def adjacent_excess(self) -> np.ndarray:
         """() adjacent_correlation, less its mean over pairs of layers further apart."""
@@ -208,9 +206,8 @@ class Sums:
         It is what one choice of expert tells of the domain: 0 where all are alike; NaN of one domain.
         """
         p_DLE = self.chosen_DLE / self.chosen_DLE.sum(-1, keepdims=True)
-        if p_DLE.shape[-3] < 2:
-            return np.full(p_DLE.shape[:-3] + p_DLE.shape[-2:-1], np.nan)
-        return (entr(p_DLE.mean(-3)).sum(-1) - entr(p_DLE).sum(-1).mean(-2)) / np.log(2)
+        nats_L = entr(p_DLE.mean(-3)).sum(-1) - entr(p_DLE).sum(-1).mean(-2)
+        return np.where(self.n_D.shape[-1] < 2, np.nan, nats_L / np.log(2))
 
     def divergence(self) -> np.ndarray:
         """() Its mean over layers."""
@@ -221,13 +218,11 @@ class Scores:
     """The highest and second-highest routing probability (figure 6) of a model: histograms and moments.
 
     Attributes:
-        n: tokens.
         histogram: (L, R, SCORE_BINS) tokens, in bins of equal width from 0 to 1. R is 2, or 1 with one expert.
         low, high: (L, R) the least and the largest.
     """
 
     def __init__(self, n_layers: int, n_ranks: int) -> None:
-        self.n = 0
         self.histogram = np.zeros((n_layers, n_ranks, SCORE_BINS), np.int64)
         self.sum, self.squares = np.zeros((2, n_layers, n_ranks))
         self.low, self.high = np.ones((n_layers, n_ranks)), np.zeros((n_layers, n_ranks))
@@ -237,7 +232,6 @@ class Scores:
         bins_TLR = np.minimum(scores_TLR * SCORE_BINS, SCORE_BINS - 1).astype(np.int64)
         for layer, rank in np.ndindex(self.low.shape):
             self.histogram[layer, rank] += np.bincount(bins_TLR[:, layer, rank], minlength=SCORE_BINS)
-        self.n += len(scores_TLR)
         self.sum += scores_TLR.sum(0)
         self.squares += (scores_TLR**2).sum(0)
         self.low = np.minimum(self.low, scores_TLR.min(0))
@@ -245,6 +239,7 @@ class Scores:
 
     def moments(self, layers: slice = slice(None)) -> np.ndarray:
         """(R, 4) mean, variance, least and largest over all tokens and these layers."""
-        mean = self.sum[layers].mean(0) / self.n
-        variance = self.squares[layers].mean(0) / self.n - mean**2
+        n_tokens = self.histogram[0, 0].sum()
+        mean = self.sum[layers].mean(0) / n_tokens
+        variance = self.squares[layers].mean(0) / n_tokens - mean**2
         return np.stack([mean, variance, self.low[layers].min(0), self.high[layers].max(0)], -1)
