@@ -42,16 +42,12 @@ class Options:
 
 
 def run(verb: str, arguments: list[str]) -> None:
-    options = auto_cli(Options, args=arguments, parser_class=OneLineParser, prog=f"moepp {verb}")
-    figures(options, shlex.join(["moepp", verb, *arguments]))
-
-
-def figures(options: Options, command: str) -> None:
-    """Write a PNG and a CSV for each figure, findings.csv, and index.html, which shows `command`.
+    """Write a PNG and a CSV for each figure, findings.csv, and index.html.
 
     Raises:
         InputError: no such checkpoint or text, or they do not fit together.
     """
+    options = auto_cli(Options, args=arguments, parser_class=OneLineParser, prog=f"moepp {verb}")
     if options.min_count < 2:
         raise InputError(f"min_count: must be at least 2, for an interval, got {options.min_count}")
     ckpt = Path(options.ckpt or newest_checkpoint())
@@ -59,11 +55,11 @@ def figures(options: Options, command: str) -> None:
     if loaded.tokenizer is None:
         raise InputError(f"{ckpt}: has no tokenizer; import it with one (moepp import --help)")
     model = loaded.model
-    models = {f"{run_name(ckpt)}, {residuals(model)}": model}
+    models = {name(ckpt, model): model}
     about = {"checkpoint": f"{ckpt}: {model.config.n_layers} layers, {experts(model)}"}
     if options.versus:
         other = load_other(options.versus, loaded)
-        models[f"{run_name(options.versus)}, {residuals(other)}"] = other
+        models[name(options.versus, other)] = other
         if len(models) == 1:  # two of one run
             models = {str(ckpt): model, f"versus {options.versus}": other}
         about["versus"] = f"{options.versus}: {experts(other)}"
@@ -90,7 +86,7 @@ def figures(options: Options, command: str) -> None:
     write_csv(pd.DataFrame([finding.row() for finding in found]), folder / "findings.csv")
     n_tokens, n_domains = counts.token_n.sum(), len(counts.domains)
     about["text"] = f"{text.name}: {n_tokens:,} tokens of {n_domains} domain{'s' * (n_domains > 1)}"
-    about["command"] = command
+    about["command"] = shlex.join(["moepp", verb, *arguments])
     html = page(about=about, findings=found, pictures=drawn, missing=missing, bootstrap=bootstrap)
     (folder / "index.html").write_text(html, encoding="utf-8")
     summary(found, missing, folder)
@@ -131,9 +127,9 @@ def residuals(model: Transformer) -> str:
     return f"{'with' if model.moe_config.gating_residual else 'without'} gating residuals"
 
 
-def run_name(ckpt: str | Path) -> str:
-    """The last two folders of the run that a checkpoint belongs to."""
-    return "/".join(run_folder(ckpt).parts[-2:])
+def name(ckpt: str | Path, model: Transformer) -> str:
+    """The last two folders of the run that a checkpoint belongs to, and what sets the model apart."""
+    return f"{'/'.join(run_folder(ckpt).parts[-2:])}, {residuals(model)}"
 
 
 def run_folder(ckpt: str | Path) -> Path:
