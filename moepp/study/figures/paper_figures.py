@@ -139,22 +139,20 @@ def passage(measured: Bootstrap) -> Drawn:
     )
 
     columns, size, line, column = 92, 9.0, 0, 0
-    cells = []  # (line, column, text, share of FFN experts)
-    for text, ffn in zip(texts, ffn_S, strict=True):
+    figure, axes = plt.subplots()
+    font: dict[str, Any] = {"family": "monospace", "fontsize": size, "va": "center", "parse_math": False}
+    for text, share in zip(texts, ffn_S / top_k, strict=True):
         printed = visible(text).replace("·", " ")
         if column + len(printed) > columns:
             line, column = line + 1, 0
-        cells.append((line, column, printed, ffn / top_k))
+        axes.add_patch(Rectangle((column, line), len(printed) - 0.1, 0.86, color=FFN_SHADES(share), linewidth=0))
+        axes.text(column, line + 0.45, printed, color="white" if share > 0.85 else BLACK, **font)
+        axes.set(xlim=(0, columns), ylim=(line + 1, 0))
         column += len(printed)
         if text.endswith("\n"):
             line, column = line + 1, 0
     width, height = size * 0.602 / 72, size * 1.9 / 72  # of a character of DejaVu Sans Mono, and of a line, inches
-    figure, axes = plt.subplots(figsize=(columns * width + 1.2, (line + 1) * height + 0.3))
-    font: dict[str, Any] = {"family": "monospace", "fontsize": size, "va": "center", "parse_math": False}
-    for line, column, printed, share in cells:
-        axes.add_patch(Rectangle((column, line), len(printed) - 0.1, 0.86, color=FFN_SHADES(share), linewidth=0))
-        axes.text(column, line + 0.45, printed, color="white" if share > 0.85 else BLACK, **font)
-    axes.set(xlim=(0, columns), ylim=(cells[-1][0] + 1, 0))
+    figure.set_size_inches(columns * width + 1.2, (line + 1) * height + 0.3)
     axes.axis("off")
     shades = plt.cm.ScalarMappable(plt.Normalize(0, top_k), FFN_SHADES)
     figure.colorbar(shades, ax=axes, label="FFN experts\n(mean over layers)", aspect=12, shrink=0.9, pad=0.01)
