@@ -59,10 +59,8 @@ def load(measured: Bootstrap) -> Drawn:
         axes.set_xticks(x, domains, rotation=40, ha="right", rotation_mode="anchor")
         axes.tick_params(labelbottom=i + columns >= len(panels))
         axes.grid(axis="x", visible=False)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("experts per token")
+    plt.setp(grid.flat[len(panels) :], visible=False)
+    plt.setp(grid[:, 0], ylabel="experts per token")
     line = plt.Line2D([], [], color=BLACK, marker="o", markersize=4)
     legend_of_kinds(figure, counts.kinds, **{PER_TOKEN: line})
     return table, sentence, figure
@@ -96,8 +94,7 @@ def tokens(measured: Bootstrap) -> Drawn:
     for axes, where, title in ((most, slice(NAMED), "most"), (least, slice(-NAMED, None), "least")):
         names = [label[:11] + "…" * (len(label) > 11) for label in labels[where]]
         ffn_by_name(axes, names, ffn[where])
-        for name in axes.get_yticklabels():
-            name.set(family="monospace", parse_math=False)
+        plt.setp(axes.get_yticklabels(), family="monospace", parse_math=False)
         for row, count in enumerate(n[where]):
             axes.text(1.02, row, f"×{count:,}", va="center", fontsize=8, transform=axes.get_yaxis_transform())
         axes.set_xlim(every.get_ylim())
