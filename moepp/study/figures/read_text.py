@@ -38,12 +38,10 @@ def read_text(
     with Progress(*columns) as progress:
         task, stream = progress.add_task("reading text", total=text.size), text.windows()
         while windows := list(islice(stream, max(1, BATCH_TOKENS // seq_len))):
-            # padding comes last, where no token can see it
-            tokens_BS = pad_sequence([torch.from_numpy(tokens_S) for _, tokens_S in windows], True, NONE).to(
-                device
-            )
-            valid_T = (tokens_BS != NONE).ravel()
-            routings = {name: model.hidden(tokens_BS.clamp(0))[1] for name, model in models.items()}
+            tokens_BS = pad_sequence([torch.from_numpy(tokens_S) for _, tokens_S in windows], True, -1)
+            valid_T = tokens_BS.ravel() >= 0
+            inputs_BS = tokens_BS.clamp(0).to(device)  # padding comes last, where no token can see it
+            routings = {name: model.hidden(inputs_BS)[1] for name, model in models.items()}
             for name, scores in counts.scores.items():
                 n_ranks = scores.low.shape[1]
                 top_TLR = torch.stack([routing.probs.topk(n_ranks).values for routing in routings[name]], 1)
