@@ -4,22 +4,17 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
 from moepp.model import InputError, Transformer
-from moepp.study.figures import finding_figures, paper_figures
-from moepp.study.figures.drawing import save_small
 from moepp.study.figures.findings import Bootstrap, Finding, findings
-from moepp.study.figures.page import page
+from moepp.study.figures.page import page, write_csv, write_pictures
 from moepp.study.figures.parts_of_speech import PartsOfSpeech, open_tagger, token_texts
-from moepp.study.figures.picture import Picture, write_csv
 from moepp.study.figures.read_text import read_text
 from moepp.study.figures.routing_stats import RoutingCounts
-from moepp.study.style import STYLE
 from moepp.text.held_out import TextOptions, open_held_out
 from moepp.training.checkpoint import Loaded, load, newest_checkpoint
 from moepp.training.lightning_cli import OneLineParser
@@ -47,16 +42,12 @@ class Options:
 
 
 def run(verb: str, arguments: list[str]) -> None:
-    options = auto_cli(Options, args=arguments, parser_class=OneLineParser, prog=f"moepp {verb}")
-    figures(options, shlex.join(["moepp", verb, *arguments]))
-
-
-def figures(options: Options, command: str) -> None:
-    """Write a PNG and a CSV for each figure, findings.csv, and index.html, which shows `command`.
+    """Write a PNG and a CSV for each figure, findings.csv, and index.html.
 
     Raises:
         InputError: no such checkpoint or text, or they do not fit together.
     """
+    options = auto_cli(Options, args=arguments, parser_class=OneLineParser, prog=f"moepp {verb}")
     if options.min_count < 2:
         raise InputError(f"min_count: must be at least 2, for an interval, got {options.min_count}")
     ckpt = Path(options.ckpt or newest_checkpoint())
@@ -64,11 +55,11 @@ def figures(options: Options, command: str) -> None:
     if loaded.tokenizer is None:
         raise InputError(f"{ckpt}: has no tokenizer; import it with one (moepp import --help)")
     model = loaded.model
-    models = {f"{run_name(ckpt)}, {residuals(model)}": model}
+    models = {name(ckpt, model): model}
     about = {"checkpoint": f"{ckpt}: {model.config.n_layers} layers, {experts(model)}"}
     if options.versus:
         other = load_other(options.versus, loaded)
-        models[f"{run_name(options.versus)}, {residuals(other)}"] = other
+        models[name(options.versus, other)] = other
         if len(models) == 1:  # two of one run
             models = {str(ckpt): model, f"versus {options.versus}": other}
         about["versus"] = f"{options.versus}: {experts(other)}"
@@ -95,7 +86,7 @@ def figures(options: Options, command: str) -> None:
     write_csv(pd.DataFrame([finding.row() for finding in found]), folder / "findings.csv")
     n_tokens, n_domains = counts.token_n.sum(), len(counts.domains)
     about["text"] = f"{text.name}: {n_tokens:,} tokens of {n_domains} domain{'s' * (n_domains > 1)}"
-    about["command"] = command
+    about["command"] = shlex.join(["moepp", verb, *arguments])
     html = page(about=about, findings=found, pictures=drawn, missing=missing, bootstrap=bootstrap)
     (folder / "index.html").write_text(html, encoding="utf-8")
     summary(found, missing, folder)
@@ -113,26 +104,6 @@ def load_other(path: str, loaded: Loaded) -> Transformer:
             "swap the two"
         )
     return other.model
-
-
-def write_pictures(bootstrap: Bootstrap, folder: Path) -> tuple[list[tuple[Picture, str, Path]], dict[str, str]]:
-    """A PNG and a CSV of each picture.
-
-    Returns:
-        pictures with their sentences and PNGs; and the names of those not drawn, and why.
-    """
-    drawn, missing = [], {}
-    with plt.rc_context(STYLE):
-        for picture in [*paper_figures.PICTURES, *finding_figures.PICTURES]:
-            if why := picture.obstacle(bootstrap):
-                missing[picture.name] = why
-                continue
-            table, sentence, figure = picture.draw(bootstrap)
-            png = folder / f"{picture.stem}.png"
-            write_csv(table, png.with_suffix(".csv"))
-            save_small(figure, png)
-            drawn.append((picture, sentence, png))
-    return drawn, missing
 
 
 def summary(found: list[Finding], missing: dict[str, str], folder: Path) -> None:
@@ -156,9 +127,9 @@ def residuals(model: Transformer) -> str:
     return f"{'with' if model.moe_config.gating_residual else 'without'} gating residuals"
 
 
-def run_name(ckpt: str | Path) -> str:
-    """The last two folders of the run that a checkpoint belongs to."""
-    return "/".join(run_folder(ckpt).parts[-2:])
+def name(ckpt: str | Path, model: Transformer) -> str:
+    """The last two folders of the run that a checkpoint belongs to, and what sets the model apart."""
+    return f"{'/'.join(run_folder(ckpt).parts[-2:])}, {residuals(model)}"
 
 
 def run_folder(ckpt: str | Path) -> Path:

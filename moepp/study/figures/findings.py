@@ -6,18 +6,19 @@ in a resample θ* more so: percentiles of θ* would take that for a finding, mir
 """
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import yaml
 
 from moepp.study.figures.routing_stats import RoutingCounts, Sums
 
 RESAMPLES, SHUFFLES = 1000, 200
 FEWEST_PASSAGES = 8  # of a domain: below, resampling says nothing
-SMALLEST_SPREAD = 0.01**2  # domains whose FFN experts per token differ by less than 0.01 (s.d.) count as alike
-SMALLEST_DIVERGENCE = 0.01  # bits; the same for their expert distributions
 
 Statistic = Callable[[Sums], np.ndarray]
 
@@ -42,8 +43,17 @@ class Estimate:
         return f"{self.value:.3g} {interval}"
 
     def columns(self, name: str) -> dict[str, np.ndarray]:
-        """Of a table."""
-        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+        """Of a table, with a row for each number of the array."""
+        return {name: self.value.ravel(), f"{name}_low": self.low.ravel(), f"{name}_high": self.high.ravel()}
+
+    def table(self, name: str, **axes: Sequence[Any]) -> pd.DataFrame:
+        """The numbers by their places along the array's axes."""
+        return combinations(**axes).assign(**self.columns(name))
+
+
+def combinations(**axes: Sequence[Any]) -> pd.DataFrame:
+    """A row for each combination of values, in the order of an array with these axes."""
+    return pd.MultiIndex.from_product(axes.values(), names=axes).to_frame(index=False)
 
 
 class Bootstrap:
@@ -79,9 +89,7 @@ class Bootstrap:
     def above_chance(self, statistic: Statistic) -> Estimate:
         """The same of a difference between domains, less what chance adds to it: as much as resampling adds."""
         estimate = self.estimate(statistic)
-        return Estimate(
-            2 * estimate.value - quietly(statistic, self.resampled).mean(0), estimate.low, estimate.high
-        )
+        return replace(estimate, value=2 * estimate.value - quietly(statistic, self.resampled).mean(0))
 
     def chance(self, statistic: Statistic) -> np.ndarray:
         """What a difference between domains reaches (97.5 %) where passages are shuffled over domains."""
@@ -130,59 +138,17 @@ class Finding:
     def row(self) -> dict[str, Any]:
         """Of findings.csv."""
         named = {name: getattr(self, name) for name in ("number", "claim", "measure", "threshold", "holds")}
-        return named | {name: float(bound) for name, bound in self.estimate.columns("measured").items()}
+        return named | {name: bound.item() for name, bound in self.estimate.columns("measured").items()}
 
 
 def findings(bootstrap: Bootstrap) -> list[Finding]:
-    """All five; of vanilla MoE, where every choice is an FFN expert, the fifth alone."""
-    divergence = Finding(
-        5,
-        "domains differ in the experts they choose",
-        "Jensen–Shannon divergence of the domains' expert distributions, mean over layers, less chance (bits)",
-        bootstrap.above_chance(Sums.divergence),
-        SMALLEST_DIVERGENCE,
-        float(bootstrap.chance(Sums.divergence)),
-    )
-    if list(bootstrap.sums.kinds) == ["ffn"]:
-        return [divergence]
-    return [
-        Finding(
-            1,
-            "adjacent layers have correlated FFN load",
-            "correlation between tokens of the FFN counts in two adjacent layers, mean over pairs",
-            bootstrap.estimate(Sums.adjacent_correlation),
-        ),
-        Finding(
-            1,
-            "… as seen by domain",
-            "correlation between domains of the FFN experts per token in two adjacent layers, mean over pairs",
-            bootstrap.estimate(Sums.adjacent_correlation_of_domains),
-        ),
-        Finding(
-            1,
-            "… more so than layers further apart",
-            "correlation between tokens, less its mean over pairs of layers further apart",
-            bootstrap.estimate(Sums.adjacent_excess),
-        ),
-        Finding(
-            2,
-            "load varies more across domains in the first and last layer",
-            "variance between domains of FFN experts per token, first and last layer less those between",
-            bootstrap.estimate(Sums.outer_excess),
-        ),
-        Finding(
-            3,
-            "domains differ in FFN experts per token",
-            "variance between domains of FFN experts per token, less chance",
-            bootstrap.above_chance(Sums.spread),
-            SMALLEST_SPREAD,
-            float(bootstrap.chance(Sums.spread)),
-        ),
-        Finding(
-            4,
-            "zero experts are chosen most",
-            "share of tokens that choose a zero expert, less that of one expert of the next most chosen kind",
-            bootstrap.estimate(Sums.zero_excess),
-        ),
-        divergence,
-    ]
+    """All five, in the words of findings.yaml; of vanilla MoE, which has FFN experts alone, the fifth alone."""
+    found = []
+    for claim in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")):
+        statistic = getattr(Sums, claim.pop("statistic"))
+        if "smallest" in claim:
+            estimate, chance = bootstrap.above_chance(statistic), float(bootstrap.chance(statistic))
+        else:
+            estimate, chance = bootstrap.estimate(statistic), 0.0
+        found.append(Finding(**claim, estimate=estimate, chance=chance))
+    return found if len(bootstrap.sums.kinds) > 1 else found[-1:]

@@ -8,13 +8,13 @@ import pandas as pd
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import Rectangle
 
-from moepp.study.figures.drawing import FFN_COLOUR, PER_TOKEN, legend_of_kinds, whiskers, whiskers_by_name
-from moepp.study.figures.findings import Bootstrap, Estimate
+from moepp.study.figures.findings import Bootstrap, Estimate, combinations
 from moepp.study.figures.parts_of_speech import CLASSES
-from moepp.study.figures.picture import Drawn, combinations, no_kinds, picture
+from moepp.study.figures.picture import PER_TOKEN, Drawn, ffn_by_name, legend_of_kinds, picture, whiskers
 from moepp.study.figures.routing_stats import SCORE_BINS, Sums
 from moepp.study.style import BLACK, KIND_COLOURS, PINK
 
+FFN_COLOUR = KIND_COLOURS["ffn"]
 FFN_SHADES = LinearSegmentedColormap.from_list("ffn", ["#FFFFFF", FFN_COLOUR])
 NAMED = 15  # tokens from either end of the order
 RANKS = ("highest", "second-highest")
@@ -40,7 +40,7 @@ def load(measured: Bootstrap) -> Drawn:
         f"{domains[ffn_D.argmin()]} and {ffn_D.max():.2f} in {domains[ffn_D.argmax()]}; layers "
         f"range from {ffn_L.min():.2f} to {ffn_L.max():.2f}."
     )
-    if no_kinds(measured):
+    if len(counts.kinds) == 1:
         busiest = (chosen_LDE.max(-1) / chosen_LDE.mean(-1)).max()
         sentence = f"The busiest FFN expert of a layer and domain has up to {busiest:.1f} times the mean load."
 
@@ -59,25 +59,14 @@ def load(measured: Bootstrap) -> Drawn:
         axes.set_xticks(x, domains, rotation=40, ha="right", rotation_mode="anchor")
         axes.tick_params(labelbottom=i + columns >= len(panels))
         axes.grid(axis="x", visible=False)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("experts per token")
+    plt.setp(grid.flat[len(panels) :], visible=False)
+    plt.setp(grid[:, 0], ylabel="experts per token")
     line = plt.Line2D([], [], color=BLACK, marker="o", markersize=4)
     legend_of_kinds(figure, counts.kinds, **{PER_TOKEN: line})
     return table, sentence, figure
 
 
-def too_rare(measured: Bootstrap) -> str:
-    counts = measured.counts
-    return "" if len(counts.frequent_tokens) else f"no token occurs {counts.min_count} times: lower --min_count"
-
-
-def no_words(measured: Bootstrap) -> str:
-    return "" if measured.sums.class_n_DC.any() else "no word was tagged"
-
-
-@picture("FFN experts by token", "FFN experts per token, by token (figure 5)", no_kinds, too_rare)
+@picture("FFN experts by token", "FFN experts per token, by token (figure 5)", "kinds", "tokens")
 def tokens(measured: Bootstrap) -> Drawn:
     """All tokens in the order of their mean, largest first, and the first and last by name."""
     counts = measured.counts
@@ -104,17 +93,16 @@ def tokens(measured: Bootstrap) -> Drawn:
     every.set(xlabel="tokens, from most FFN experts to least", ylabel=f"{PER_TOKEN}, mean and 95 %")
     for axes, where, title in ((most, slice(NAMED), "most"), (least, slice(-NAMED, None), "least")):
         names = [label[:11] + "…" * (len(label) > 11) for label in labels[where]]
-        whiskers_by_name(axes, names, ffn[where], fmt="o", color=FFN_COLOUR)
-        for name in axes.get_yticklabels():
-            name.set(family="monospace", parse_math=False)
+        ffn_by_name(axes, names, ffn[where])
+        plt.setp(axes.get_yticklabels(), family="monospace", parse_math=False)
         for row, count in enumerate(n[where]):
             axes.text(1.02, row, f"×{count:,}", va="center", fontsize=8, transform=axes.get_yaxis_transform())
-        axes.set(xlim=every.get_ylim(), xlabel=PER_TOKEN)
+        axes.set_xlim(every.get_ylim())
         axes.set_title(title, fontsize=10)
     return table, sentence, figure
 
 
-@picture("parts of speech", "FFN experts per token, by part of speech (figure 5)", no_kinds, no_words)
+@picture("parts of speech", "FFN experts per token, by part of speech (figure 5)", "kinds", "words")
 def parts_of_speech(measured: Bootstrap) -> Drawn:
     count_C = measured.sums.class_n_DC.sum(0).astype(int)
     found = np.flatnonzero(count_C)
@@ -128,13 +116,13 @@ def parts_of_speech(measured: Bootstrap) -> Drawn:
     )
     figure, axes = plt.subplots(figsize=(6.5, 0.9 + 0.34 * len(names)))
     axes.barh(range(len(names)), ffn.value, 0.7, color=FFN_COLOUR)
-    whiskers_by_name(axes, [f"{name} (n = {n:,})" for name, n in zip(names, count, strict=True)], ffn, fmt="none")
+    labels = [f"{name} (n = {n:,})" for name, n in zip(names, count, strict=True)]
+    ffn_by_name(axes, labels, ffn, ", mean and 95 %", fmt="none", color=BLACK)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel(f"{PER_TOKEN}, mean and 95 %")
     return table, sentence, figure
 
 
-@picture("a passage of text", "A passage, shaded by FFN experts", no_kinds)
+@picture("a passage of text", "A passage, shaded by FFN experts", "kinds")
 def passage(measured: Bootstrap) -> Drawn:
     """The text with each token shaded by its FFN count, the mean over layers."""
     counts, (ids, ffn_SL) = measured.counts, measured.counts.passage
@@ -148,22 +136,20 @@ def passage(measured: Bootstrap) -> Drawn:
     )
 
     columns, size, line, column = 92, 9.0, 0, 0
-    cells = []  # (line, column, text, share of FFN experts)
-    for text, ffn in zip(texts, ffn_S, strict=True):
+    figure, axes = plt.subplots()
+    font: dict[str, Any] = {"family": "monospace", "fontsize": size, "va": "center", "parse_math": False}
+    for text, share in zip(texts, ffn_S / top_k, strict=True):
         printed = visible(text).replace("·", " ")
         if column + len(printed) > columns:
             line, column = line + 1, 0
-        cells.append((line, column, printed, ffn / top_k))
+        axes.add_patch(Rectangle((column, line), len(printed) - 0.1, 0.86, color=FFN_SHADES(share), linewidth=0))
+        axes.text(column, line + 0.45, printed, color="white" if share > 0.85 else BLACK, **font)
+        axes.set(xlim=(0, columns), ylim=(line + 1, 0))
         column += len(printed)
         if text.endswith("\n"):
             line, column = line + 1, 0
     width, height = size * 0.602 / 72, size * 1.9 / 72  # of a character of DejaVu Sans Mono, and of a line, inches
-    figure, axes = plt.subplots(figsize=(columns * width + 1.2, (line + 1) * height + 0.3))
-    font: dict[str, Any] = {"family": "monospace", "fontsize": size, "va": "center", "parse_math": False}
-    for line, column, printed, share in cells:
-        axes.add_patch(Rectangle((column, line), len(printed) - 0.1, 0.86, color=FFN_SHADES(share), linewidth=0))
-        axes.text(column, line + 0.45, printed, color="white" if share > 0.85 else BLACK, **font)
-    axes.set(xlim=(0, columns), ylim=(cells[-1][0] + 1, 0))
+    figure.set_size_inches(columns * width + 1.2, (line + 1) * height + 0.3)
     axes.axis("off")
     shades = plt.cm.ScalarMappable(plt.Normalize(0, top_k), FFN_SHADES)
     figure.colorbar(shades, ax=axes, label="FFN experts\n(mean over layers)", aspect=12, shrink=0.9, pad=0.01)
@@ -173,40 +159,34 @@ def passage(measured: Bootstrap) -> Drawn:
 @picture("routing scores", "Routing scores (figure 6)")
 def scores(measured: Bootstrap) -> Drawn:
     """Of the highest and the second-highest score: its density, of one or two checkpoints."""
-    scores_of, tables, sentence = measured.counts.scores, [], ""
+    scores_of, tables, variances, sentence = measured.counts.scores, [], [], ""
     bins = [f"tokens_from_{b / SCORE_BINS:.2f}" for b in range(SCORE_BINS)]
-    for name, of_model in scores_of.items():
+    n_ranks = next(iter(scores_of.values())).histogram.shape[1]
+    figure, grid = plt.subplots(1, n_ranks, figsize=(4.6 * n_ranks, 3.2), squeeze=False)
+    for (name, of_model), (colour, line) in zip(scores_of.items(), ((BLACK, "-"), (PINK, "--")), strict=False):
         L, n_ranks, _ = of_model.histogram.shape
         parts = {"all": slice(None)} | {str(i + 1): slice(i, i + 1) for i in range(L)}
         table = combinations(checkpoint=[name], layer=list(parts), rank=range(1, n_ranks + 1))
         moments = np.concatenate([of_model.moments(part) for part in parts.values()])
         table[["mean", "variance", "least", "largest"]] = moments
-        histogram = np.concatenate([of_model.histogram[part].sum(0) for part in parts.values()])
-        tables.append(table.join(pd.DataFrame(histogram, columns=bins)))
+        counts = np.concatenate([of_model.histogram[part].sum(0) for part in parts.values()])
+        tables.append(table.join(pd.DataFrame(counts, columns=bins)))
         each = [
             f"the {rank} score has mean {mean:.3f}, variance {variance:.4f}, range {least:.2f} to {largest:.2f}"
-            for rank, (mean, variance, least, largest) in zip(RANKS, of_model.moments(), strict=False)
+            for rank, (mean, variance, least, largest) in zip(RANKS[:n_ranks], moments, strict=False)
         ]
         sentence += f"{name}: {'; '.join(each)}. "
-    if len(scores_of) > 1:
-        ours, theirs = (of_model.moments()[:, 1] for of_model in scores_of.values())
-        ratios = " and ".join(f"{a / b:.2f}" for a, b in zip(ours, theirs, strict=False))
-        sentence += f"The variances of the first are {ratios} times those of the other."
-
-    n_ranks = next(iter(scores_of.values())).histogram.shape[1]
-    figure, grid = plt.subplots(1, n_ranks, figsize=(4.6 * n_ranks, 3.2), squeeze=False)
-    lines = ((BLACK, "-"), (PINK, "--"))
-    for (name, of_model), (colour, line) in zip(scores_of.items(), lines, strict=False):
-        count_RX = of_model.histogram.sum(0)
-        density_RX = count_RX / (count_RX.sum(-1, keepdims=True) / SCORE_BINS)
-        for axes, density_X in zip(grid[0], density_RX, strict=False):
-            edges = np.linspace(0, 1, SCORE_BINS + 1)
+        variances.append(moments[:n_ranks, 1])
+        for axes, count_X in zip(grid[0], counts[:n_ranks], strict=False):
+            density_X, edges = count_X / count_X.sum() * SCORE_BINS, np.linspace(0, 1, SCORE_BINS + 1)
             axes.stairs(density_X, edges, color=colour, linestyle=line, linewidth=1.8, label=name)
     for axes, rank, largest in zip(grid[0], RANKS, (1, 0.5), strict=False):  # the second is never above a half
         axes.set(xlabel="softmax probability of the expert", xlim=(0, largest + 0.01))
         axes.set_title(f"{rank} score", fontsize=10)
     grid[0, 0].set_ylabel("density over tokens and layers")
     if len(scores_of) > 1:
+        ratios = " and ".join(f"{ours / theirs:.2f}" for ours, theirs in zip(*variances, strict=False))
+        sentence += f"The variances of the first are {ratios} times those of the other."
         handles, names = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper center", ncols=len(names))
     return pd.concat(tables), sentence.strip(), figure

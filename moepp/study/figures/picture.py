@@ -1,17 +1,21 @@
-"""A picture of what was counted on a text: a table of numbers, a sentence and a drawing."""
+"""A picture of what was counted on a text: a table of numbers, a sentence and a drawing; and what they share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from moepp.study.figures.findings import Bootstrap
+from moepp.study.figures.findings import Bootstrap, Estimate
+from moepp.study.style import BLACK, KIND_COLOURS, interval_bars
 
 Drawn = tuple[pd.DataFrame, str, Figure]
-Obstacle = Callable[[Bootstrap], str]
+
+KIND_NAMES = {"ffn": "FFN", "const": "constant", "copy": "copy", "zero": "zero"}
+PER_TOKEN = "FFN experts per token"
 
 
 @dataclass(frozen=True)
@@ -21,47 +25,48 @@ class Picture:
     Attributes:
         name: what it is called where it is not drawn.
         title: its heading.
-        obstacles: each gives a reason why there is nothing to see, or "".
+        needs: keys of `lacking`; without one of them there is nothing to see.
         draw: the numbers, what is seen in them, and the drawing. Its name is that of the files.
     """
 
     name: str
     title: str
-    obstacles: tuple[Obstacle, ...]
+    needs: tuple[str, ...]
     draw: Callable[[Bootstrap], Drawn]
 
-    @property
-    def stem(self) -> str:
-        return self.draw.__name__
 
-    def obstacle(self, measured: Bootstrap) -> str:
-        """The first of the reasons against it."""
-        return next(filter(None, (obstacle(measured) for obstacle in self.obstacles)), "")
-
-
-def picture(name: str, title: str, *obstacles: Obstacle) -> Callable[[Callable[[Bootstrap], Drawn]], Picture]:
+def picture(name: str, title: str, *needs: str) -> Callable[[Callable[[Bootstrap], Drawn]], Picture]:
     """Make a Picture of the function that draws it."""
-    return lambda draw: Picture(name, title, obstacles, draw)
+    return lambda draw: Picture(name, title, needs, draw)
 
 
-def no_kinds(measured: Bootstrap) -> str:
-    moe = measured.counts.moe
-    return "" if moe.n_zero_computation else f"vanilla MoE has FFN experts alone, so every token uses {moe.top_k}"
+def lacking(measured: Bootstrap) -> dict[str, str]:
+    """What pictures need and this model or text does not have, and the reason to show."""
+    counts, top_k = measured.counts, measured.counts.moe.top_k
+    needs = {
+        "kinds": (len(counts.kinds) > 1, f"vanilla MoE has FFN experts alone, so every token uses {top_k}"),
+        "domains": (len(counts.domains) > 1, "there is one domain only"),
+        "layers": (counts.n_layers > 1, "there is one layer only"),
+        "tokens": (len(counts.frequent_tokens), f"no token occurs {counts.min_count} times: lower --min_count"),
+        "words": (measured.sums.class_n_DC.any(), "no word was tagged"),
+    }
+    return {need: why for need, (there, why) in needs.items() if not there}
 
 
-def one_domain(measured: Bootstrap) -> str:
-    return "there is one domain only" if len(measured.counts.domains) == 1 else ""
+def whiskers(axes: Axes, at: Any, estimate: Estimate, horizontal: bool = False, **style: Any) -> None:
+    """An estimate as points with their intervals."""
+    style = {"color": BLACK, "markersize": 4, "linewidth": 1.2, "capsize": 2.5, "zorder": 4} | style
+    interval_bars(axes, at, estimate.value, estimate.low, estimate.high, horizontal, **style)
 
 
-def one_layer(measured: Bootstrap) -> str:
-    return "there is one layer only" if len(measured.counts.layers) == 1 else ""
+def ffn_by_name(axes: Axes, names: Sequence[str], ffn: Estimate, what: str = "", **style: Any) -> None:
+    """FFN experts per token, listed from top to bottom."""
+    whiskers(axes, range(len(names)), ffn, horizontal=True, **{"fmt": "o", "color": KIND_COLOURS["ffn"]} | style)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(ylim=(len(names) - 0.5, -0.5), xlabel=PER_TOKEN + what)
 
 
-def combinations(**columns: Sequence[Any]) -> pd.DataFrame:
-    """A row for each combination of the columns' values, in the order of an array with these axes."""
-    return pd.MultiIndex.from_product(columns.values(), names=columns).to_frame(index=False)
-
-
-def write_csv(table: pd.DataFrame, path: Path) -> None:
-    """Six digits; nothing where a number is unknown."""
-    table.to_csv(path, index=False, float_format="%.6g", lineterminator="\r\n")
+def legend_of_kinds(figure: Figure, kinds: Iterable[str], **others: Any) -> None:
+    """Above the panels: kinds of experts, and `others`, handles by name."""
+    handles = {KIND_NAMES[kind]: Rectangle((0, 0), 1, 1, color=KIND_COLOURS[kind]) for kind in kinds} | others
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles))

@@ -1,12 +1,12 @@
 """One pass of a text through the models: everything that is measured is counted on the way."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from torch.nn.utils.rnn import pad_sequence
 
 from moepp.model import InputError, Transformer
 from moepp.study.figures.parts_of_speech import NONE, PartsOfSpeech
@@ -36,31 +36,23 @@ def read_text(
     bytes_V = np.array([len(token.encode()) for token in counts.texts_V])
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     with Progress(*columns) as progress:
-        task = progress.add_task("reading text", total=text.size)
-        for windows in batches(text.windows(), max(1, BATCH_TOKENS // seq_len)):
-            domains, tokens = zip(*windows, strict=True)
-            valid_BS = np.arange(seq_len) < np.array([len(tokens_S) for tokens_S in tokens])[:, None]
-            tokens_BS, classes_BS = np.zeros(valid_BS.shape, np.int64), np.full(valid_BS.shape, NONE)
-            tokens_BS[valid_BS] = np.concatenate(tokens)  # padding comes last, where no token can see it
-            if parts_of_speech:
-                classes_BS[valid_BS] = np.concatenate([parts_of_speech(tokens_S) for tokens_S in tokens])
-            inputs_BS = torch.from_numpy(tokens_BS).to(device)
+        task, stream = progress.add_task("reading text", total=text.size), text.windows()
+        while windows := list(islice(stream, max(1, BATCH_TOKENS // seq_len))):
+            tokens_BS = pad_sequence([torch.from_numpy(tokens_S) for _, tokens_S in windows], True, -1)
+            valid_T = tokens_BS.ravel() >= 0
+            inputs_BS = tokens_BS.clamp(0).to(device)  # padding comes last, where no token can see it
             routings = {name: model.hidden(inputs_BS)[1] for name, model in models.items()}
             for name, scores in counts.scores.items():
                 n_ranks = scores.low.shape[1]
                 top_TLR = torch.stack([routing.probs.topk(n_ranks).values for routing in routings[name]], 1)
-                scores.add(top_TLR.cpu().numpy()[valid_BS.ravel()])
+                scores.add(top_TLR.cpu()[valid_T].numpy())
             experts_TLK = torch.stack([routing.experts for routing in next(iter(routings.values()))], 1)
-            experts_BSLK = experts_TLK.cpu().numpy().reshape(*valid_BS.shape, *experts_TLK.shape[1:])
-            counts.add(domains, tokens_BS, classes_BS, valid_BS, experts_BSLK)
-            progress.advance(task, int(bytes_V[tokens_BS[valid_BS]].sum()))
+            experts_BSLK = experts_TLK.unflatten(0, tokens_BS.shape).cpu().numpy()
+            for (domain, tokens_S), experts_SLK in zip(windows, experts_BSLK, strict=True):
+                classes_S = parts_of_speech(tokens_S) if parts_of_speech else np.full(len(tokens_S), NONE)
+                counts.add(domain, tokens_S, classes_S, experts_SLK[: len(tokens_S)])
+                progress.advance(task, int(bytes_V[tokens_S].sum()))
     if (n_tokens := counts.token_n.sum()) < seq_len:
         raise InputError(
             f"{text.name} has {n_tokens} tokens, fewer than one sequence of {seq_len}: give more text"
         )
-
-
-def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch

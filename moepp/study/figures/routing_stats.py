@@ -1,13 +1,14 @@
 """What routers decide, counted in one pass: memory does not grow with the text.
 
-B windows of S tokens, L layers, E experts of k kinds, K choices a token, D domains, C parts of speech, V tokens of
+Windows of S tokens, L layers, E experts of k kinds, K choices a token, D domains, C parts of speech, V tokens of
 the vocabulary. A token's FFN count is how many FFN experts are among its K choices. Counts are whole numbers, so
 that sums do not depend on their order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from scipy.special import entr
@@ -86,39 +87,23 @@ class RoutingCounts:
         has_text_V = np.array([bool(text) for text in self.texts_V])
         return np.flatnonzero(has_text_V & (self.token_n >= self.min_count))
 
-    def add(
-        self,
-        domains: Sequence[str],
-        tokens_BS: np.ndarray,
-        classes_BS: np.ndarray,
-        valid_BS: np.ndarray,
-        experts_BSLK: np.ndarray,
-    ) -> None:
-        """Count B windows. A class below 0 is none; what is not `valid` is padding."""
-        chosen_BSLE = (experts_BSLK[..., None] == np.arange(self.moe.n_experts)).sum(-2)
-        chosen_BSLE *= valid_BS[..., None, None]
-        kinds_BSLk = np.stack([chosen_BSLE[..., where].sum(-1) for where in self.kinds.values()], -1)
-        self.flow_Lkk += np.einsum("bsli,bslj->lij", kinds_BSLk[:, :, :-1], kinds_BSLk[:, :, 1:])
+    def add(self, domain: str, tokens_S: np.ndarray, classes_S: np.ndarray, experts_SLK: np.ndarray) -> None:
+        """Count the domain's next window. A class below 0 is none."""
+        chosen_SLE = (experts_SLK[..., None] == np.arange(self.moe.n_experts)).sum(-2)
+        kinds_SLk = by_kind(self.kinds, chosen_SLE)
+        self.flow_Lkk += np.einsum("sli,slj->lij", kinds_SLk[:, :-1], kinds_SLk[:, 1:])
 
-        ffn_BSL = kinds_BSLk[..., 0]
+        ffn_SL = kinds_SLk[..., 0]
         if not self.passage:
-            first_S = valid_BS[0] & (np.arange(valid_BS.shape[1]) < PASSAGE)
-            self.passage = tokens_BS[0, first_S], ffn_BSL[0, first_S]
-        ffn_BS = ffn_BSL.sum(-1)
-        np.add.at(self.token_n, tokens_BS[valid_BS], 1)
-        np.add.at(self.token_ffn, tokens_BS[valid_BS], ffn_BS[valid_BS])
-        np.add.at(self.token_ffn_squared, tokens_BS[valid_BS], ffn_BS[valid_BS] ** 2)
+            self.passage = tokens_S[:PASSAGE], ffn_SL[:PASSAGE]
+        ffn_S = ffn_SL.sum(-1)
+        np.add.at(self.token_n, tokens_S, 1)
+        np.add.at(self.token_ffn, tokens_S, ffn_S)
+        np.add.at(self.token_ffn_squared, tokens_S, ffn_S**2)
 
-        in_class_BSC = (classes_BS[..., None] == np.arange(len(CLASSES))) & valid_BS[..., None]
-        sums = (
-            valid_BS.sum(1),
-            chosen_BSLE.sum(1),
-            np.einsum("bsl,bsm->blm", ffn_BSL, ffn_BSL),
-            in_class_BSC.sum(1),
-            np.einsum("bs,bsc->bc", ffn_BS, in_class_BSC),
-        )
-        for b, domain in enumerate(domains):
-            self.passages.add(domain, np.concatenate([part_B[b].ravel() for part_B in sums]))
+        in_class_SC = classes_S[:, None] == np.arange(len(CLASSES))
+        sums = len(tokens_S), chosen_SLE.sum(0), ffn_SL.T @ ffn_SL, in_class_SC.sum(0), ffn_S @ in_class_SC
+        self.passages.add(domain, np.concatenate([np.ravel(part) for part in sums]))
 
     def sums(self, flat_DX: np.ndarray) -> "Sums":
         """Sums over passages, (…, D, X), by their names."""
@@ -126,6 +111,11 @@ class RoutingCounts:
         n, chosen, products, class_n, class_ffn = np.split(flat_DX, np.cumsum([1, L * E, L * L, C]), axis=-1)
         chosen_DLE, products_DLL = chosen.reshape(*before, L, E), products.reshape(*before, L, L)
         return Sums(self.kinds, n[..., 0], chosen_DLE, products_DLL, class_n, class_ffn)
+
+
+def by_kind(kinds: dict[str, slice], array_E: np.ndarray, reduce: Callable[..., Any] = np.sum) -> np.ndarray:
+    """Sums over the experts of each kind, or what `reduce` makes of them: (…, E) → (…, k)."""
+    return np.stack([reduce(array_E[..., where], axis=-1) for where in kinds.values()], -1)
 
 
 @dataclass(frozen=True)
@@ -165,15 +155,13 @@ class Sums:
 
     def activations(self) -> np.ndarray:
         """(D, k) share of tokens that choose an expert of the kind, mean over its experts and layers."""
-        share_DE = self.chosen_DLE.mean(-2) / self.n_D[..., None]
-        return np.stack([share_DE[..., where].mean(-1) for where in self.kinds.values()], -1)
+        return by_kind(self.kinds, self.chosen_DLE.mean(-2) / self.n_D[..., None], np.mean)
 
     def zero_excess(self) -> np.ndarray:
         """() The same of zero experts, less that of the most active other kind; NaN without zero experts."""
         share_E = self.chosen_DLE.sum(-3).mean(-2) / self.n_D.sum(-1)[..., None]
-        share = {kind: share_E[..., where].mean(-1) for kind, where in self.kinds.items()}
-        zero = share.pop("zero", np.full(share_E.shape[:-1], np.nan))
-        return zero - np.max(list(share.values()), axis=0)
+        share = dict(zip(self.kinds, np.moveaxis(by_kind(self.kinds, share_E, np.mean), -1, 0), strict=True))
+        return share.pop("zero", np.nan) - np.max(list(share.values()), axis=0)
 
     def correlation(self) -> np.ndarray:
         """(L, L) correlation between tokens of the FFN counts in two layers; NaN where one is constant."""
@@ -190,11 +178,9 @@ class Sums:
 
     def adjacent_correlation_of_domains(self) -> np.ndarray:
         """() The same of FFN experts per token, between domains instead of tokens; NaN below three domains."""
-        if self.ffn_DL.shape[-2] < 3:
-            return np.full(self.ffn_DL.shape[:-2], np.nan)
         z_DL = self.ffn_DL - self.ffn_DL.mean(-2, keepdims=True)
         z_DL = z_DL / np.sqrt((z_DL**2).sum(-2, keepdims=True))
-        return (z_DL[..., 1:] * z_DL[..., :-1]).sum(-2).mean(-1)
+        return np.where(self.n_D.shape[-1] < 3, np.nan, (z_DL[..., 1:] * z_DL[..., :-1]).sum(-2).mean(-1))
 
     def adjacent_excess(self) -> np.ndarray:
         """() adjacent_correlation, less its mean over pairs of layers further apart."""
@@ -220,9 +206,8 @@ class Sums:
         It is what one choice of expert tells of the domain: 0 where all are alike; NaN of one domain.
         """
         p_DLE = self.chosen_DLE / self.chosen_DLE.sum(-1, keepdims=True)
-        if p_DLE.shape[-3] < 2:
-            return np.full(p_DLE.shape[:-3] + p_DLE.shape[-2:-1], np.nan)
-        return (entr(p_DLE.mean(-3)).sum(-1) - entr(p_DLE).sum(-1).mean(-2)) / np.log(2)
+        nats_L = entr(p_DLE.mean(-3)).sum(-1) - entr(p_DLE).sum(-1).mean(-2)
+        return np.where(self.n_D.shape[-1] < 2, np.nan, nats_L / np.log(2))
 
     def divergence(self) -> np.ndarray:
         """() Its mean over layers."""
@@ -233,13 +218,11 @@ class Scores:
     """The highest and second-highest routing probability (figure 6) of a model: histograms and moments.
 
     Attributes:
-        n: tokens.
         histogram: (L, R, SCORE_BINS) tokens, in bins of equal width from 0 to 1. R is 2, or 1 with one expert.
         low, high: (L, R) the least and the largest.
     """
 
     def __init__(self, n_layers: int, n_ranks: int) -> None:
-        self.n = 0
         self.histogram = np.zeros((n_layers, n_ranks, SCORE_BINS), np.int64)
         self.sum, self.squares = np.zeros((2, n_layers, n_ranks))
         self.low, self.high = np.ones((n_layers, n_ranks)), np.zeros((n_layers, n_ranks))
@@ -249,7 +232,6 @@ class Scores:
         bins_TLR = np.minimum(scores_TLR * SCORE_BINS, SCORE_BINS - 1).astype(np.int64)
         for layer, rank in np.ndindex(self.low.shape):
             self.histogram[layer, rank] += np.bincount(bins_TLR[:, layer, rank], minlength=SCORE_BINS)
-        self.n += len(scores_TLR)
         self.sum += scores_TLR.sum(0)
         self.squares += (scores_TLR**2).sum(0)
         self.low = np.minimum(self.low, scores_TLR.min(0))
@@ -257,6 +239,7 @@ class Scores:
 
     def moments(self, layers: slice = slice(None)) -> np.ndarray:
         """(R, 4) mean, variance, least and largest over all tokens and these layers."""
-        mean = self.sum[layers].mean(0) / self.n
-        variance = self.squares[layers].mean(0) / self.n - mean**2
+        n_tokens = self.histogram[0, 0].sum()
+        mean = self.sum[layers].mean(0) / n_tokens
+        variance = self.squares[layers].mean(0) / n_tokens - mean**2
         return np.stack([mean, variance, self.low[layers].min(0), self.high[layers].max(0)], -1)

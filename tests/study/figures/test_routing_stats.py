@@ -23,14 +23,10 @@ def test_counts_are_those_of_a_naive_loop() -> None:
         domains = [str(name) for name in rng.choice(["a", "b"], B)]
         experts = np.array([[[rng.permutation(7)[:2] for _ in range(L)] for _ in range(S)] for _ in range(B)])
         tokens, classes = rng.integers(V, size=(B, S)), rng.integers(NONE, len(CLASSES), (B, S))
-        valid = np.arange(S) < rng.integers(1, S + 1, B)[:, None]
-        counts.add(domains, tokens, classes, valid, experts)
-        seen += [
-            (domains[b], tokens[b, s], classes[b, s], experts[b, s].tolist())
-            for b in range(B)
-            for s in range(S)
-            if valid[b, s]
-        ]
+        lengths = rng.integers(1, S + 1, B)
+        for b, n in enumerate(lengths):
+            counts.add(domains[b], tokens[b, :n], classes[b, :n], experts[b, :n])
+            seen += [(domains[b], tokens[b, s], classes[b, s], experts[b, s].tolist()) for s in range(n)]
 
     def kind(e: int) -> int:
         return 0 if e < 3 else 1 if e < 5 else 2 if e < 6 else 3
@@ -105,8 +101,8 @@ def counted(rates: list[float], n_windows: int, seed: int) -> Bootstrap:
     counts = RoutingCounts(MoEConfig(n_ffn=1, n_const=0, n_copy=0, top_k=1), 2, ["a", "b"])
     for d, rate in enumerate(rates):
         experts = (rng.random((n_windows, 16, 2, 1)) > rate).astype(int)
-        nothing = np.full((n_windows, 16), NONE)
-        counts.add([str(d)] * n_windows, nothing * 0, nothing, nothing < 0, experts)
+        for experts_SLK in experts:
+            counts.add(str(d), np.zeros(16, int), np.full(16, NONE), experts_SLK)
     return Bootstrap(counts)
 
 
@@ -142,9 +138,8 @@ def test_a_difference_that_would_count_is_not_denied_for_want_of_text(high: floa
 
 def test_a_kind_that_the_first_layer_does_not_use_stays_in_the_pathway() -> None:
     counts = RoutingCounts(MoEConfig(n_ffn=2, n_const=0), 3, ["a", "b"])  # experts 0 and 1, copy 2, zero 3
-    experts = np.tile([[0, 1], [0, 3], [1, 2]], (1, 16, 1, 1))
-    nothing = np.full((1, 16), NONE)
-    counts.add(["a"], nothing * 0, nothing, nothing < 0, experts)
+    experts = np.tile([[0, 1], [0, 3], [1, 2]], (16, 1, 1))
+    counts.add("a", np.zeros(16, int), np.full(16, NONE), experts)
     table, _, _ = pathway.draw(Bootstrap(counts))
     assert [*zip(table["layer"], table["from"], table["to"], strict=True)] == (
         [(layer, a, b) for layer in (1, 2) for a in ("ffn", "copy", "zero") for b in ("ffn", "copy", "zero")]
