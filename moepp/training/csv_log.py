@@ -23,6 +23,8 @@ class CSVLog(Logger):
         begun_step: what was logged after this step is forgotten: a run resumed there logs it again.
     """
 
+    name = version = ""  # together a folder of ModelCheckpoint's: the run's own
+
     def __init__(self, folder: str | Path, begun_step: float = math.inf) -> None:
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
@@ -36,14 +38,6 @@ class CSVLog(Logger):
                         self.rows[int(row["step"])] = {name: value for name, value in row.items() if value != ""}
                 self.columns = list(reader.fieldnames or self.columns)
         self.last_row_at: int | None = None  # in the file; None: unknown, the file may be another run's, cut short
-
-    @property
-    def name(self) -> str:
-        return ""  # with `version` a folder of ModelCheckpoint's: the run's own
-
-    @property
-    def version(self) -> str:
-        return ""
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """config.yaml holds them."""
