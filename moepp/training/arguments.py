@@ -29,15 +29,14 @@ def expand_last(arguments: list[str], recipe: str) -> list[str]:
 def expand_bases(arguments: list[str]) -> list[str]:
     """`--config X`, where X says `base: Y`, becomes `--config Y --config X`: a recipe may be a few lines."""
     expanded: list[str] = []
-    waiting = list(arguments)
-    while waiting:
-        argument = waiting.pop(0)
+    words = iter(arguments)
+    for argument in words:
         name, _, value = argument.partition("=")
-        if name not in ("-c", "--config") or not (value or waiting):
+        if name in ("-c", "--config") and (recipe := value or next(words, None)) is not None:
+            for path in with_bases(Path(recipe)):
+                expanded += ["--config", str(path)]
+        else:
             expanded.append(argument)
-            continue
-        for path in with_bases(Path(value or waiting.pop(0))):
-            expanded += ["--config", str(path)]
     return expanded
 
 

@@ -31,8 +31,7 @@ class BadSteps(L.Callback):
         return {"total": self.total, "in_a_row": self.in_a_row, "longest_row": self.longest_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.total, self.in_a_row = state_dict["total"], state_dict["in_a_row"]
-        self.longest_row = state_dict.get("longest_row", self.in_a_row)
+        vars(self).update(state_dict)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: LitMoE, outputs: Any, batch: dict[str, Tensor], batch_idx: int

@@ -4,7 +4,6 @@ A checkpoint is what torch.save writes: a zip archive whose entries each carry a
 """
 
 import os
-import re
 import sys
 import time
 import zipfile
@@ -94,18 +93,6 @@ class CheckpointFiles(TorchCheckpointIO):
         return read_checkpoint(path)
 
 
-def require_state(path: str | Path, *keys: str) -> dict[str, Any]:
-    """The checkpoint's content, if it has all of `keys`.
-
-    Raises:
-        InputError: it has not: one that was imported, or belongs to a finished study, holds weights alone.
-    """
-    checkpoint = read_checkpoint(path)
-    if missing := [key for key in keys if key not in checkpoint]:
-        raise InputError(f"ckpt_path: {path} has no {missing[0]}: it was not kept to be used this way")
-    return checkpoint
-
-
 def described(
     transformer: TransformerConfig,
     moe: MoEConfig,
@@ -175,9 +162,7 @@ def step_path(run_dir: Path, step: int) -> Path:
 
 def step_of(path: Path) -> int:
     """The optimizer steps behind a step-<n>.ckpt."""
-    found = re.fullmatch(r"step-(\d+)\.ckpt", path.name)
-    assert found is not None
-    return int(found[1])
+    return int(path.stem.removeprefix("step-"))
 
 
 def step_checkpoints(run_dir: Path) -> list[Path]:

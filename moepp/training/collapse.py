@@ -6,14 +6,13 @@ from moepp.model import MoEConfig
 
 PATIENCE = 5  # looks in a row; by chance alone a kind with few tokens is without any now and then
 NEARLY_ALL = 0.9  # of the tokens
-SAID = -1
 
 
 class CollapseWatch:
     """Looks at how often each expert was chosen, whenever metrics are logged."""
 
     def __init__(self) -> None:
-        self.looks: dict[str, int] = {}  # how many looks in a row saw it, or SAID
+        self.looks: dict[str, int] = {}  # how many in a row saw it; PATIENCE or more: it was said
 
     def look(self, tokens_per_expert_LE: Tensor, n_tokens: float, moe: MoEConfig) -> list[str]:
         """What there is to warn of now, a line each.
@@ -24,20 +23,14 @@ class CollapseWatch:
             moe: the layers' configuration.
         """
         seen = symptoms(tokens_per_expert_LE, n_tokens, moe)
-        self.looks = {what: looks for what, looks in self.looks.items() if what in seen or looks == SAID}
-        lines = []
-        for what, line in seen.items():
-            looks = self.looks.get(what, 0)
-            if looks == SAID:
-                continue
-            self.looks[what] = looks + 1
-            if looks + 1 == PATIENCE:
-                self.looks[what] = SAID
-                lines.append(
-                    f"the router seems to have collapsed: {line}, {PATIENCE} logs in a row; try a larger "
-                    "model.moe.balance_weight, a lower model.optim.lr or more model.optim.warmup_steps"
-                )
-        return lines
+        kept = {what: looks for what, looks in self.looks.items() if what in seen or looks >= PATIENCE}
+        self.looks = kept | {what: kept.get(what, 0) + 1 for what in seen}
+        return [
+            f"the router seems to have collapsed: {line}, {PATIENCE} logs in a row; try a larger "
+            "model.moe.balance_weight, a lower model.optim.lr or more model.optim.warmup_steps"
+            for what, line in seen.items()
+            if self.looks[what] == PATIENCE
+        ]
 
 
 def symptoms(tokens_per_expert_LE: Tensor, n_tokens: float, moe: MoEConfig) -> dict[str, str]:

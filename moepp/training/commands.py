@@ -1,8 +1,6 @@
 """The small verbs: prepare, generate, import, export. Each function's signature is its command line."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from jsonargparse import auto_cli
@@ -124,9 +122,4 @@ def export(folder: str, ckpt: str | None = None) -> None:
     print(folder)
 
 
-VERBS: dict[str, Callable[..., Any]] = {
-    "prepare": prepare,
-    "generate": generate,
-    "import": import_,
-    "export": export,
-}
+VERBS = {function.__name__.rstrip("_"): function for function in (prepare, generate, import_, export)}

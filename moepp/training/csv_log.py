@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,15 @@ class CSVLog(Logger):
     """Writes every metric to `folder`/metrics.csv at once; what is logged for the same step shares a row.
 
     Lightning's own CSVLogger deletes the file of the run that it continues.
+
+    Args:
+        folder: of the run.
+        begun_step: what was logged after this step is forgotten: a run resumed there logs it again.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    name = version = ""  # together a folder of ModelCheckpoint's: the run's own
+
+    def __init__(self, folder: str | Path, begun_step: float = math.inf) -> None:
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
         self.rows: dict[int, dict[str, Any]] = {}  # by step
@@ -27,18 +34,10 @@ class CSVLog(Logger):
             with self.path.open(newline="") as file:
                 reader = csv.DictReader(file)
                 for row in reader:  # a row that a crash cut short has no step or too few values
-                    if row["step"] and None not in row.values():
+                    if row["step"] and None not in row.values() and int(row["step"]) <= begun_step:
                         self.rows[int(row["step"])] = {name: value for name, value in row.items() if value != ""}
                 self.columns = list(reader.fieldnames or self.columns)
         self.last_row_at: int | None = None  # in the file; None: unknown, the file may be another run's, cut short
-
-    @property
-    def name(self) -> str:
-        return ""  # with `version` a folder of ModelCheckpoint's: the run's own
-
-    @property
-    def version(self) -> str:
-        return ""
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """config.yaml holds them."""
@@ -62,13 +61,6 @@ class CSVLog(Logger):
             else:
                 self.last_row_at = file.seek(0, os.SEEK_END)
             file.write(self.line(self.rows[step]))
-
-    @rank_zero_only
-    def rewind(self, step: int) -> None:
-        """Forget what was logged after `step`: a run resumed there logs it again."""
-        if any(logged > step for logged in self.rows):
-            self.rows = {logged: row for logged, row in self.rows.items() if logged <= step}
-            self.rewrite()
 
     @rank_zero_only
     def sync(self) -> None:

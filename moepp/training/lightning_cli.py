@@ -1,6 +1,5 @@
 """`moepp fit | validate | test`: LightningCLI with OmegaConf recipes, a folder per run, one-line errors."""
 
-import difflib
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -21,15 +20,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from moepp.model import InputError, count_parameters
+from moepp.model.config import require
 from moepp.system.machine import device_name, keep_freed_memory, quiet_lightning
 from moepp.text.data_module import TokenDataModule
 from moepp.text.tokenizer import padded_vocab_size
 from moepp.training.arguments import expand_bases, expand_last
 from moepp.training.bad_steps import BadSteps
-from moepp.training.checkpoint import CheckpointFiles, require_state
+from moepp.training.checkpoint import CheckpointFiles, read_checkpoint
 from moepp.training.csv_log import CSVLog
 from moepp.training.module import LitMoE
 from moepp.training.monitor import Monitor
+from moepp.training.option_names import CLASSES, did_you_mean
 from moepp.training.run_folder import RunFolder, say
 from moepp.training.saving import Checkpoints, StopOnSignal
 from moepp.training.summary import Summary
@@ -116,9 +117,7 @@ class OneLineParser(LightningArgumentParser):
         if unknown := re.search(r"(?:unrecognized arguments: --|not accept option ['\"])([\w.]+)", line, re.I):
             choices = [action.choices for action in self._actions if isinstance(action.choices, dict)]
             parsers = [self, *(parser for verbs in choices for parser in verbs.values())]
-            known = [action.dest for parser in parsers for action in parser._actions]
-            if close := difflib.get_close_matches(unknown[1], known, n=1):
-                line += f" (did you mean {close[0]}?)"
+            line += did_you_mean(unknown[1], [action.dest for parser in parsers for action in parser._actions])
         raise InputError(line)
 
 
@@ -155,26 +154,22 @@ class MoECLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Fill in what depends on the machine and the run: precision, folder, loggers, callbacks."""
         config = self._get(self.config_init, "trainer")
-        begun = self.read_begun()
-        self.begun_step = begun["global_step"] if begun else 0
+        self.begun_step = self.read_begun_step()
         if config["precision"] is None:
             bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-            kwargs["precision"] = "bf16-mixed" if bf16 and config["accelerator"] != "cpu" else "32-true"
+            config["precision"] = "bf16-mixed" if bf16 and config["accelerator"] != "cpu" else "32-true"
         if config["accelerator"] == "auto" and not torch.cuda.is_available():
-            kwargs["accelerator"] = "cpu"  # Apple's MPS has no float64, which bits per byte is summed in
+            config["accelerator"] = "cpu"  # Apple's MPS has no float64, which bits per byte is summed in
         self.require_possible(config)
         if config["enable_progress_bar"] is None:
-            kwargs["enable_progress_bar"] = sys.stdout.isatty()
+            config["enable_progress_bar"] = sys.stdout.isatty()
         if self.subcommand != "fit":
             # a recipe's limit is for the validations amid training
-            return super().instantiate_trainer(logger=False, limit_val_batches=1.0, **kwargs)
-        ckpt_path = self.config_init[str(self.subcommand)]["ckpt_path"]
+            return super().instantiate_trainer(logger=False, limit_val_batches=1.0)
+        ckpt_path = self._get(self.config_init, "ckpt_path")
         self.run_folder = RunFolder(self.recipe, config["default_root_dir"], ckpt_path)
-        kwargs["default_root_dir"] = str(self.run_folder.path)
         try:
-            progress_bar = kwargs.get("enable_progress_bar", config["enable_progress_bar"])
-            kwargs |= self.observers(config, begun, progress_bar)
-            return super().instantiate_trainer(**kwargs)
+            return super().instantiate_trainer(**self.observers(config))
         except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
             self.run_folder.forget()
             if isinstance(error, InputError):
@@ -188,8 +183,8 @@ class MoECLI(LightningCLI):
                 "trainer.max_steps: say when to stop, with max_steps or max_epochs: the learning rate's schedule "
                 "has to know (max_time may stop it earlier)"
             )
-        if config["log_every_n_steps"] < 1:
-            raise InputError(f"trainer.log_every_n_steps: must be at least 1, got {config['log_every_n_steps']}")
+        every_n = config["log_every_n_steps"]
+        require(every_n >= 1, "trainer.log_every_n_steps", every_n, "must be at least 1")
         for option, why in REFUSED.items():
             if config[option]:
                 raise InputError(f"trainer.{option}: {why}")
@@ -204,14 +199,14 @@ class MoECLI(LightningCLI):
                 f"take a number of batches that is a multiple of accumulate_grad_batches={accumulate}"
             )
 
-    def observers(self, config: Any, begun: dict[str, Any] | None, progress_bar: bool) -> dict[str, Any]:
-        """The trainer's loggers, callbacks and way to write checkpoints: all that writes to the run's folder."""
+    def observers(self, config: Any) -> dict[str, Any]:
+        """The run's folder, and the loggers, callbacks and way to write checkpoints that fill it."""
         loggers, run_dir = config["logger"], self.run_folder.path
         if loggers is None:
             # of what an earlier process logged, TensorBoard is to forget what this one will log again
-            purge = begun["global_step"] + 1 if begun and (run_dir / "metrics.csv").exists() else None
+            purge = self.begun_step + 1 if self.begun_step and (run_dir / "metrics.csv").exists() else None
             tensorboard = TensorBoardLogger(run_dir, name="", version="tensorboard", purge_step=purge)
-            loggers = [CSVLog(run_dir), tensorboard]
+            loggers = [CSVLog(run_dir, self.begun_step), tensorboard]
         bad_steps = BadSteps()
         callbacks: list[L.Callback] = [self.run_folder, bad_steps, Monitor(bad_steps), Summary()]
         plugins = as_list(config["plugins"])
@@ -221,22 +216,31 @@ class MoECLI(LightningCLI):
             plugins = [CheckpointFiles(), *plugins]
         given = as_list(config["callbacks"])
         own_bar = any(isinstance(callback, ProgressBar) for callback in given)
-        if progress_bar and not own_bar:
+        if config["enable_progress_bar"] and not own_bar:
             callbacks.append(RichProgressBar(refresh_rate=10))
         return {
+            "default_root_dir": str(run_dir),
             "logger": loggers,
             "callbacks": [*callbacks, *given],
             "plugins": plugins or None,
-            "enable_progress_bar": progress_bar or own_bar,
+            "enable_progress_bar": config["enable_progress_bar"] or own_bar,
         }
 
-    def read_begun(self) -> dict[str, Any] | None:
-        """The checkpoint that `--ckpt_path` names, checked before anything is made."""
-        path = self.config_init[str(self.subcommand)]["ckpt_path"]
+    def read_begun_step(self) -> int:
+        """The step of the checkpoint that `--ckpt_path` names, which is checked before anything is made.
+
+        Raises:
+            InputError: it was imported, or belongs to a finished study, and holds weights alone.
+        """
+        path = self._get(self.config_init, "ckpt_path")
         if path is None:
-            return None
+            return 0
+        checkpoint = read_checkpoint(path)
         state = ("optimizer_states", "lr_schedulers", "loops") if self.subcommand == "fit" else ()
-        return require_state(path, "pytorch-lightning_version", *state)
+        for key in ("pytorch-lightning_version", "global_step", *state):
+            if key not in checkpoint:
+                raise InputError(f"ckpt_path: {path} has no {key}: it was not kept to be used this way")
+        return checkpoint["global_step"]
 
     def fit(self, model: LitMoE, datamodule: TokenDataModule, **kwargs: Any) -> None:
         """Train, then validate on all held-out text."""
@@ -246,11 +250,11 @@ class MoECLI(LightningCLI):
             self.run_folder.save_config(self.trainer, model.config_text)
             self.announce(model)
             if self.begun_step >= config["max_steps"] > 0:
-                say(
-                    self.trainer,
-                    f"finished at step {self.begun_step} already: a larger --trainer.max_steps goes on",
-                )
-            self.train(model, datamodule, **kwargs)
+                done = f"finished at step {self.begun_step} already"
+                say(self.trainer, f"{done}: a larger --trainer.max_steps goes on")
+            keep_freed_memory(self.trainer.strategy.root_device)
+            with naming_checkpoint(kwargs.get("ckpt_path"), "continued", lambda: model.training_begun):
+                self.trainer.fit(model, datamodule=datamodule, **kwargs)
             if self.trainer.state.finished and not config["fast_dev_run"]:
                 if self.checkpoints is not None:
                     self.checkpoints.save(self.trainer)
@@ -260,25 +264,16 @@ class MoECLI(LightningCLI):
             self.run_folder.forget()
             raise
 
-    def train(self, model: LitMoE, datamodule: TokenDataModule, **kwargs: Any) -> None:
-        keep_freed_memory(self.trainer.strategy.root_device)
-        with naming_checkpoint(kwargs.get("ckpt_path"), "continued", lambda: model.training_begun):
-            self.trainer.fit(model, datamodule=datamodule, **kwargs)
-
-    def validate(self, **kwargs: Any) -> None:
-        self.evaluate(self.trainer.validate, **kwargs)
-
-    def test(self, **kwargs: Any) -> None:
-        self.evaluate(self.trainer.test, **kwargs)
-
-    def evaluate(self, run: Callable[..., Any], ckpt_path: str | None = None, **kwargs: Any) -> None:
+    def validate(self, ckpt_path: str | None, **kwargs: Any) -> None:
         """Print the metrics of a checkpoint on the held-out text."""
         if ckpt_path is None:
             raise InputError("ckpt_path: name the checkpoint, for example runs/moepp/1/checkpoints/best.ckpt")
         with naming_checkpoint(ckpt_path, "evaluated", lambda: self.model.evaluation_begun):
-            run(ckpt_path=ckpt_path, **kwargs | {"verbose": False})
+            getattr(self.trainer, str(self.subcommand))(ckpt_path=ckpt_path, **kwargs | {"verbose": False})
         for name, value in self.trainer.callback_metrics.items():
             print(f"{name:<40} {value:.4f}")
+
+    test = validate
 
     def config_text(self) -> str:
         """All options, resolved: as a recipe they give this run again."""
@@ -290,19 +285,13 @@ class MoECLI(LightningCLI):
     def announce(self, model: LitMoE) -> None:
         parameters = count_parameters(model.transformer, model.moe)
         active = parameters.active(model.moe.expected_ffn_per_token)
-        device = device_name(self.trainer.strategy.root_device)
-        say(
-            self.trainer,
-            f"{self.trainer.default_root_dir}: {parameters.total / 1e6:.1f}M parameters, "
-            f"about {active / 1e6:.1f}M active per token, {self.trainer.precision} on {device}",
-        )
+        sizes = f"{parameters.total / 1e6:.1f}M parameters, about {active / 1e6:.1f}M active per token"
+        machine = f"{self.trainer.precision} on {device_name(self.trainer.strategy.root_device)}"
+        say(self.trainer, f"{self.trainer.default_root_dir}: {sizes}, {machine}")
 
 
 class OptionsAlone(MoECLI):
     """Parses and checks, and neither builds nor runs anything."""
-
-    def _set_seed(self) -> None:
-        pass
 
     def instantiate_classes(self) -> None:
         pass
@@ -335,11 +324,8 @@ def naming_checkpoint(path: str | None, use: str, begun: Callable[[], bool]) -> 
 
 def require_sections(options: Any) -> None:
     """Raise an InputError for a section without options, such as `data:` alone: the parser lets it pass."""
-    for name in ("model", "model.transformer", "model.moe", "model.optim", "data", "checkpoints", "trainer"):
-        section = options
-        for key in name.split("."):
-            section = section[key]
-        if not hasattr(section, "items"):
+    for name in CLASSES:
+        if not hasattr(section := options[name], "items"):
             raise InputError(
                 f"{name}: holds no options but {section}: leave it out, or say what in it is to change"
             )

@@ -12,11 +12,9 @@ from moepp.model import flops_per_token
 from moepp.system.machine import peak_flops
 from moepp.training.bad_steps import BadSteps
 from moepp.training.collapse import CollapseWatch
-from moepp.training.csv_log import CSVLog
 from moepp.training.metrics import BITS, CROSS_ENTROPY, FFN_PER_TOKEN, LOSS, MFU, TOKENS, TOKENS_PER_SECOND, VAL
 from moepp.training.module import LitMoE
 from moepp.training.run_folder import say
-from moepp.training.saving import is_last_step
 
 
 class Monitor(L.Callback):
@@ -31,13 +29,13 @@ class Monitor(L.Callback):
         self.bad_steps = bad_steps
         self.sums: dict[str, Tensor] = {}
         self.logged_step = self.tokens = 0
-        self.clock = self.paused = 0.0
+        self.clock = 0.0  # since when, but for validations, the tokens at hand were trained on
         self.validating_since: float | None = None
         self.watch = CollapseWatch()
 
     def state_dict(self) -> dict[str, Any]:
-        kept = {"logged_step": self.logged_step, "tokens": self.tokens}
-        return {"sums": dict(self.sums), **kept, "watch": self.watch.looks}
+        counts = {"logged_step": self.logged_step, "tokens": self.tokens}
+        return counts | {"sums": dict(self.sums), "watch": self.watch.looks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.sums, self.logged_step = dict(state_dict["sums"]), state_dict["logged_step"]
@@ -48,13 +46,10 @@ class Monitor(L.Callback):
         self.clock, self.begun, self.begun_step = time.perf_counter(), time.perf_counter(), trainer.global_step
         # sums of the process that this one continues belong to the means, not to this one's speed
         self.tokens_before = float(self.sums.get("tokens", 0.0))
-        for logger in trainer.loggers:
-            if isinstance(logger, CSVLog):
-                logger.rewind(trainer.global_step)
 
     def on_train_batch_start(self, *_: Any) -> None:
         if self.validating_since is not None:  # and since then a checkpoint was written
-            self.paused += time.perf_counter() - self.validating_since
+            self.clock += time.perf_counter() - self.validating_since
             self.validating_since = None
 
     def on_train_batch_end(  # type: ignore[override]
@@ -64,7 +59,8 @@ class Monitor(L.Callback):
         for name, value in (outputs | {"batches": torch.ones(()), "tokens": n_tokens}).items():
             self.sums[name] = self.sums[name].to(value.device) + value if name in self.sums else value.clone()
         due = trainer.global_step >= self.logged_step + trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if due or (is_last_step(trainer) and trainer.global_step > self.logged_step):
+        last = trainer.global_step == trainer.estimated_stepping_batches
+        if due or (last and trainer.global_step > self.logged_step):
             self.report(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: LitMoE) -> None:  # type: ignore[override]
@@ -85,9 +81,8 @@ class Monitor(L.Callback):
         shares_E = counts_LE.sum(0) / counts_LE.sum()
         ffn_LF = counts_LE[:, model.moe.kinds["ffn"]]
         ffn_per_token = n_batches * means.pop("train/ffn_assignments") / (model.transformer.n_layers * n_tokens)
-        now = time.perf_counter()
         timed_tokens = trainer.world_size * (n_tokens - self.tokens_before)
-        tokens_per_second = timed_tokens / (now - self.clock - self.paused)
+        tokens_per_second = timed_tokens / (time.perf_counter() - self.clock)
         seq_len = trainer.datamodule.seq_len  # type: ignore[attr-defined]
         flops = 3 * flops_per_token(model.transformer, model.moe, seq_len, ffn_per_token)
         metrics = {
@@ -112,7 +107,7 @@ class Monitor(L.Callback):
         for warning in self.watch.look(counts_LE, n_tokens, model.moe):
             say(trainer, warning)
         self.sums, self.logged_step = {}, trainer.global_step
-        self.clock, self.paused, self.tokens_before = time.perf_counter(), 0.0, 0.0
+        self.clock, self.tokens_before = time.perf_counter(), 0.0
         self.bad_steps.require_good(trainer, model)
 
     def print_status(self, trainer: L.Trainer, metrics: dict[str, float], top_k: int) -> None:

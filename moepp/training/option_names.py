@@ -23,11 +23,15 @@ def find_mistyped(arguments: list[str]) -> str | None:
         section, _, name = argument.partition("=")[0].removeprefix("--").rpartition(".")
         if not argument.startswith("--") or section not in CLASSES:
             continue
-        known = [f"{section}.{known}" for known in names_in(section)]
-        if (option := f"{section}.{name.rstrip('+')}") not in known:
-            close = difflib.get_close_matches(option, known, n=1)
-            return f"unrecognized arguments: {argument}" + (f" (did you mean {close[0]}?)" if close else "")
+        if (name := name.rstrip("+")) not in names_in(section):
+            return f"unrecognized arguments: {argument}" + did_you_mean(name, names_in(section), f"{section}.")
     return None
+
+
+def did_you_mean(name: str, known: list[str], section: str = "") -> str:
+    """A question to end a message with, empty where nothing known resembles `name`."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {section}{close[0]}?)" if close else ""
 
 
 @cache

@@ -1,6 +1,7 @@
 """The folder of a run, claimed by the first of its processes, whoever started them; its options and its log."""
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import lightning as L
@@ -40,11 +41,10 @@ class RunFolder(L.Callback):
         n = max((int(path.name) for path in parent.iterdir() if path.name.isdigit()), default=0)
         while not self.is_new:
             n += 1
-            try:
-                (parent / str(n)).mkdir()
-            except FileExistsError:
-                continue
-            self.path, self.is_new = parent / str(n), True
+            self.path = parent / str(n)
+            with suppress(FileExistsError):
+                self.path.mkdir()
+                self.is_new = True
 
     def claim(self, begun: str | None) -> None:
         held = step_checkpoints(self.path)

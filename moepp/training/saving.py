@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
-from moepp.model import InputError
+from moepp.model.config import require
 from moepp.system.files import fsync_folder
 from moepp.training.checkpoint import step_checkpoints, step_of, step_path
 from moepp.training.csv_log import CSVLog
@@ -29,10 +29,8 @@ class Checkpoints(Checkpoint):
     """
 
     def __init__(self, keep: int = 2, every_n_steps: int | None = None) -> None:
-        if keep < 1:
-            raise InputError(f"checkpoints.keep: must be at least 1, got {keep}")
-        if every_n_steps is not None and every_n_steps < 1:
-            raise InputError(f"checkpoints.every_n_steps: must be at least 1, got {every_n_steps}")
+        for name, number in (("keep", keep), ("every_n_steps", every_n_steps)):
+            require(number is None or number >= 1, f"checkpoints.{name}", number, "must be at least 1")
         self.keep, self.every_n_steps = keep, every_n_steps
         self.best_loss, self.best_step = float("inf"), -1
         self.validation_due = False  # written after a step, before the validation that belongs to it
@@ -41,8 +39,7 @@ class Checkpoints(Checkpoint):
         return {name: getattr(self, name) for name in ("best_loss", "best_step", "validation_due")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, value in state_dict.items():
-            setattr(self, name, value)
+        vars(self).update(state_dict)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -102,23 +99,19 @@ class StopOnSignal(L.Callback):
     with exit code 130 (Ctrl-C) or 143 (SIGTERM). A second signal is obeyed at once.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
         self.received: signal.Signals | None = None
         self.before: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.before = {number: signal.signal(number, self.receive) for number in self.SIGNALS}
+        # when it is through, Lightning brings back those from before the run
+        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        self.restore()
-
-    def restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for each, handler in self.before.items():
+            signal.signal(each, handler)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if not within_step(trainer) and self.received_anywhere(trainer):
@@ -138,9 +131,6 @@ class StopOnSignal(L.Callback):
         say(trainer, f"stopped by {told.name} after step {trainer.global_step}: {path} is written")
         raise SystemExit(128 + told)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.restore()
-
 
 # What Lightning's loops know and do not tell
 
@@ -148,11 +138,6 @@ class StopOnSignal(L.Callback):
 def within_step(trainer: L.Trainer) -> bool:
     """More batches are to be accumulated before the optimizer steps."""
     return trainer.fit_loop._should_accumulate()
-
-
-def is_last_step(trainer: L.Trainer) -> bool:
-    """The step at hand is the last one, unless the run is stopped earlier."""
-    return trainer.global_step == trainer.estimated_stepping_batches
 
 
 def validation_is_due(trainer: L.Trainer) -> bool:

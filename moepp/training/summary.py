@@ -19,12 +19,13 @@ from moepp.text.tokenizer import END_OF_TEXT_ID
 from moepp.training.metrics import BITS, FFN, FINAL, LOSS, PERPLEXITY
 from moepp.training.module import LitMoE
 
+N_SAMPLES, SAMPLE_TOKENS = 3, 48  # beginnings of held-out text, and how far the model takes each
+
 
 class Summary(L.Callback):
     """At the end of a run: a table of what came out and where it is, and text that the model writes."""
 
-    def __init__(self, sample_tokens: int = 48, n_samples: int = 3) -> None:
-        self.sample_tokens, self.n_samples = sample_tokens, n_samples
+    def __init__(self) -> None:
         self.begun = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
@@ -52,9 +53,8 @@ class Summary(L.Callback):
             "ffn_per_token_expected": pl_module.moe.expected_ffn_per_token,
             **final,
         }
-        text = json.dumps(result, indent=2) + "\n"
         with replacing(run_dir / "result.json") as file:  # where it stands, the run is finished
-            file.write(text.encode())
+            file.write(f"{json.dumps(result, indent=2)}\n".encode())
         table = Table(title=f"{trainer.global_step} steps in {timedelta(seconds=int(seconds))}", show_header=False)
         table.add_row("validation loss", f"{final[FINAL + LOSS]:.4f} nats/token")
         table.add_row("perplexity", f"{final[FINAL + PERPLEXITY]:.2f}")
@@ -86,15 +86,13 @@ class Summary(L.Callback):
         """Beginnings of held-out documents of several domains, continued by the model."""
         tokens = trainer.datamodule.files  # type: ignore[attr-defined]
         lines = []
-        held_out = [(domain, *span) for domain, span in zip(tokens.domains, tokens.val_ranges, strict=True)]
-        for domain, start, end in [span for span in held_out if span[2] > span[1]][: self.n_samples]:
+        domains = zip(tokens.domains, tokens.val_ranges, strict=True)
+        for domain, (start, end) in [(name, span) for name, span in domains if span[1] > span[0]][:N_SAMPLES]:
             prompt = torch.from_numpy(tokens.val[start : min(start + 16, end)].astype("int64"))
-            room = min(self.sample_tokens, model.transformer.context_length - len(prompt))
-            if room < 1:
+            length = min(SAMPLE_TOKENS, model.transformer.context_length - len(prompt))
+            if length < 1:
                 continue
-            whole = generate(model.model, prompt.to(model.device), room, stop=END_OF_TEXT_ID).tolist()
-            before, after = (
-                tokens.tokenizer.decode(part) for part in (whole[: len(prompt)], whole[len(prompt) :])
-            )
+            whole = generate(model.model, prompt.to(model.device), length, stop=END_OF_TEXT_ID).tolist()
+            before, after = map(tokens.tokenizer.decode, (whole[: len(prompt)], whole[len(prompt) :]))
             lines.append(f"— {domain}: {before}⟶{after}")
         return "\n\n".join(lines)

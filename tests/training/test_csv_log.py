@@ -30,8 +30,7 @@ def test_a_resumed_run_continues_the_file(tmp_path: Path) -> None:
         log.log_metrics({"a": float(step)}, step=step)
     with (tmp_path / "metrics.csv").open("a") as file:
         file.write("6")  # a crash in the middle of a row
-    log = CSVLog(tmp_path)
-    log.rewind(3)
+    log = CSVLog(tmp_path, begun_step=3)
     log.log_metrics({"a": 40.0}, step=4)
     log.log_metrics({"a": 50.0}, step=5)
     assert [(row["step"], row["a"]) for row in rows(tmp_path)] == [
@@ -51,7 +50,6 @@ def test_a_row_cut_short_is_not_continued(tmp_path: Path) -> None:
     CSVLog(tmp_path).log_metrics({"a": 1.0, "b": 1.0}, step=1)
     with (tmp_path / "metrics.csv").open("a") as file:
         file.write("2,0.")
-    log = CSVLog(tmp_path)
-    log.rewind(1)
+    log = CSVLog(tmp_path, begun_step=1)
     log.log_metrics({"a": 2.0, "b": 2.0}, step=2)
     assert [list(row.values()) for row in rows(tmp_path)] == [["1", "1.0", "1.0"], ["2", "2.0", "2.0"]]
