@@ -66,6 +66,7 @@ class Monitor(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: LitMoE) -> None:  # type: ignore[override]
         """What max_time or early stopping has ended may have steps that no row tells of."""
         if trainer.global_step > self.logged_step:
+            self.on_train_batch_start()  # the clock goes on
             self.report(trainer, pl_module)
 
     def report(self, trainer: L.Trainer, model: LitMoE) -> None:
