@@ -40,8 +40,7 @@ def by_expert(plan: Plan, *rows_RX: Tensor) -> Iterator[tuple[int, tuple[Tensor,
 
 def sum_by_token(plan: Plan, rows_RD: Tensor, gates_TK: Tensor | None = None) -> Tensor:
     """(T, D): the sum of each token's rows, weighted by gates. A row is read once, nothing is zeroed first."""
-    count_T = plan.computed_TK.sum(1)
-    row_R, first_T = plan.row_TK[plan.computed_TK], count_T.cumsum(0) - count_T  # the rows in the order of tokens
+    row_R, first_T = plan.by_token
     gates_R = None if gates_TK is None else gates_TK[plan.computed_TK].to(rows_RD.dtype)
     return F.embedding_bag(row_R, rows_RD, first_T, mode="sum", per_sample_weights=gates_R)
 

@@ -5,6 +5,7 @@ Made once for a layer's tokens; looped.py and grouped.py carry it out.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -52,3 +53,9 @@ class Plan:
             row_TK=row_A.view_as(experts_TK).where(computed_TK, 0),
             computed_TK=computed_TK,
         )
+
+    @cached_property
+    def by_token(self) -> tuple[Tensor, Tensor]:
+        """(R,) the rows in the order of their tokens, and (T,) where among them each token's begin."""
+        count_T = self.computed_TK.sum(1)
+        return self.row_TK[self.computed_TK], count_T.cumsum(0) - count_T
