@@ -5,16 +5,16 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-VERBS = {  # verb: (module, function of (verb, arguments), what it does)
-    "fit": ("moepp.training.lightning_cli", "run", "train: moepp fit --config recipes/moepp.yaml"),
-    "validate": ("moepp.training.lightning_cli", "run", "validation loss of a checkpoint"),
-    "test": ("moepp.training.lightning_cli", "run", "the same as validate"),
-    "ablate": ("moepp.study.compare.ablate", "run", "variants × seeds → a report: --matrix recipes/compare.yaml"),
-    "figures": ("moepp.study.figures.command", "run", "what the router does, drawn and counted: --ckpt PATH"),
-    "prepare": ("moepp.training.commands", "run", "text → tokenizer → token files"),
-    "generate": ("moepp.training.commands", "run", "text from a checkpoint"),
-    "import": ("moepp.training.commands", "run", "a released (Hugging Face) folder → a checkpoint"),
-    "export": ("moepp.training.commands", "run", "a checkpoint → a released (Hugging Face) folder"),
+VERBS = {  # verb: (module, whose `run` takes verb and arguments; what it does)
+    "fit": ("moepp.training.lightning_cli", "train: moepp fit --config recipes/moepp.yaml"),
+    "validate": ("moepp.training.lightning_cli", "validation loss of a checkpoint"),
+    "test": ("moepp.training.lightning_cli", "the same as validate"),
+    "ablate": ("moepp.study.compare.ablate", "variants × seeds → a report: --matrix recipes/compare.yaml"),
+    "figures": ("moepp.study.figures.command", "what the router does, drawn and counted: --ckpt PATH"),
+    "prepare": ("moepp.training.commands", "text → tokenizer → token files"),
+    "generate": ("moepp.training.commands", "text from a checkpoint"),
+    "import": ("moepp.training.commands", "a released (Hugging Face) folder → a checkpoint"),
+    "export": ("moepp.training.commands", "a checkpoint → a released (Hugging Face) folder"),
 }
 STUDY = {"matplotlib", "scipy", "pandas", "PIL", "jinja2"}  # what the extra `study` brings
 
@@ -38,13 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # torch's own switch for large pages under large tensors: 2 to 11 % of a training step on a CPU
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    module, function, _ = VERBS[verb]
+    module, _ = VERBS[verb]
     if module == "moepp.training.lightning_cli":
         from moepp.training.option_names import find_mistyped
 
         if mistyped := find_mistyped(rest):
             return fail(f"{verb}: {mistyped}")
-    return one_line_errors(verb, lambda: getattr(importlib.import_module(module), function)(verb, rest))
+    return one_line_errors(verb, lambda: importlib.import_module(module).run(verb, rest))
 
 
 def one_line_errors(verb: str, run: Callable[[], None]) -> int:
@@ -76,7 +76,7 @@ def one_line_errors(verb: str, run: Callable[[], None]) -> int:
 
 
 def usage() -> str:
-    verbs = "\n".join(f"  {verb:<10}{what}" for verb, (_, _, what) in VERBS.items())
+    verbs = "\n".join(f"  {verb:<10}{what}" for verb, (_, what) in VERBS.items())
     return f"usage: moepp VERB [OPTIONS]\n\n{verbs}\n\n`moepp VERB --help` lists the options of one."
 
 

@@ -15,7 +15,7 @@ import torch
 
 from moepp import __version__
 
-HALF = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}  # by how a precision's name begins
 # bf16 and fp16, of NVIDIA's data sheets. Lightning's table has these cards with sparsity or in pairs, twice what a
 # matrix product can reach, and does not know the name "NVIDIA H200".
 HALF_FLOPS = {"H100 NVL": 835.5e12, "H200 NVL": 835.5e12, "H200": 989.5e12}
@@ -45,18 +45,29 @@ def commit() -> str:
     return head.strip() + (" with changes" if changes else "")
 
 
+def default_precision(device: torch.device) -> str:
+    """Lightning's name of the precision to train in where nobody says: bf16 on a GPU that has it."""
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16-mixed" if bf16 else "32-true"
+
+
+def product_dtype(precision: str) -> torch.dtype:
+    """What matrix products are computed in, under a precision as Lightning names it."""
+    return DTYPES.get(precision.partition("-")[0], torch.float32)
+
+
 @cache
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """The device's peak in FLOP/s at this precision, without sparsity; None where nobody has written it down."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
+    name, dtype = torch.cuda.get_device_name(device), product_dtype(precision)
     for chip, flops in HALF_FLOPS.items():
         if chip in name:
-            return flops if precision in HALF else None
+            return flops if dtype in (torch.bfloat16, torch.float16) else None
     from lightning.fabric.utilities.throughput import get_available_flops  # with all of Lightning
 
-    return get_available_flops(device, HALF.get(precision, torch.float32))
+    return get_available_flops(device, dtype)
 
 
 def device_name(device: torch.device) -> str:

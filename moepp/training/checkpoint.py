@@ -97,8 +97,8 @@ def described(
     transformer: TransformerConfig,
     moe: MoEConfig,
     tokenizer_json: str | None,
+    data: str,
     data_hash: str | None = None,
-    data: str = "no text of moepp's",
     config: str = "",
 ) -> dict[str, Any]:
     """The entry `moepp` of a checkpoint: all that is needed to build the model, and to tell what it came from.
@@ -107,8 +107,8 @@ def described(
         transformer: sizes of the model.
         moe: its experts, router and balance.
         tokenizer_json: None where nobody knows the tokenizer.
-        data_hash: of the token files that it was trained on; None where it was trained elsewhere.
-        data: the same for people.
+        data: what it was trained on, for people.
+        data_hash: the same of token files; None where it was trained elsewhere.
         config: every option of its run, as YAML.
     """
     return {

@@ -100,7 +100,7 @@ def import_(folder: str, ckpt: str, tokenizer: str | None = None) -> None:
         load_tokenizer(text, f"tokenizer: {path}")
     if Path(ckpt).exists():
         raise InputError(f"ckpt: {ckpt} exists already; name another file or remove it")
-    meta = described(model.config, model.moe_config, text, data=f"what {folder} was trained on")
+    meta = described(model.config, model.moe_config, text, f"what {folder} was trained on")
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     write_checkpoint(ckpt, {"state_dict": state, "moepp": meta})
     print(ckpt)

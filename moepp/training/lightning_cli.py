@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moepp.model import InputError, count_parameters
 from moepp.model.config import require
-from moepp.system.machine import device_name, keep_freed_memory, quiet_lightning
+from moepp.system.machine import default_precision, device_name, keep_freed_memory, quiet_lightning
 from moepp.text.data_module import TokenDataModule
 from moepp.text.tokenizer import padded_vocab_size
 from moepp.training.arguments import expand_bases, expand_last
@@ -134,9 +134,7 @@ class MoECLI(LightningCLI):
         """Lightning would read hyperparameters from the checkpoint here; ours come from the recipe alone."""
 
     def _set_seed(self) -> None:
-        seed = self._get(self.config, "seed_everything")
-        if not isinstance(seed, bool) and (seed is None or not 0 <= seed < 2**32):
-            raise InputError(f"seed_everything: must be between 0 and 2^32, got {seed}")
+        require_seed(self._get(self.config, "seed_everything"))
         super()._set_seed()
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -156,8 +154,8 @@ class MoECLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         self.begun_step = self.read_begun_step()
         if config["precision"] is None:
-            bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-            config["precision"] = "bf16-mixed" if bf16 and config["accelerator"] != "cpu" else "32-true"
+            on_gpu = torch.cuda.is_available() and config["accelerator"] != "cpu"
+            config["precision"] = default_precision(torch.device("cuda" if on_gpu else "cpu"))
         if config["accelerator"] == "auto" and not torch.cuda.is_available():
             config["accelerator"] = "cpu"  # Apple's MPS has no float64, which bits per byte is summed in
         self.require_possible(config)
@@ -291,13 +289,22 @@ class MoECLI(LightningCLI):
 
 
 class OptionsAlone(MoECLI):
-    """Parses and checks, and neither builds nor runs anything."""
+    """Parses and checks, and neither seeds, builds nor runs anything."""
+
+    def _set_seed(self) -> None:
+        require_seed(self._get(self.config, "seed_everything"))
 
     def instantiate_classes(self) -> None:
         pass
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
+
+
+def require_seed(seed: Any) -> None:
+    """Raise an InputError for what is no seed; true and false are for Lightning to take."""
+    if not isinstance(seed, bool) and (seed is None or not 0 <= seed < 2**32):
+        raise InputError(f"seed_everything: must be between 0 and 2^32, got {seed}")
 
 
 def as_list(value: Any) -> list[Any]:

@@ -198,9 +198,9 @@ class LitMoE(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         files = self.trainer.datamodule.files  # type: ignore[attr-defined]
-        data_hash, label = files.meta["data_hash"], files.label
+        trained_on = files.label, files.meta["data_hash"]
         checkpoint["moepp"] = described(
-            self.transformer, self.moe, files.tokenizer_json, data_hash, label, self.config_text
+            self.transformer, self.moe, files.tokenizer_json, *trained_on, self.config_text
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

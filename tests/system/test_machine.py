@@ -53,7 +53,7 @@ def test_peak_of_a_gpu(
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: name)
     monkeypatch.setattr("lightning.fabric.accelerators.cuda._is_ampere_or_later", lambda *_: True)
     peak_flops.cache_clear()
-    for precision in ("bf16-mixed", "16-mixed"):
+    for precision in ("bf16-mixed", "16-mixed", "bf16-true", "16-true"):
         assert peak_flops(torch.device("cuda"), precision) == (half and pytest.approx(half, rel=2e-3))
     assert peak_flops(torch.device("cuda"), "32-true") == (single and pytest.approx(single, rel=2e-2))
     peak_flops.cache_clear()

@@ -2,8 +2,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from moepp.training.lightning_cli import MoECLI, OptionsAlone, parse
+from moepp.training.lightning_cli import MoECLI, OptionsAlone, parse, resolve
 from moepp.training.option_names import CLASSES, find_mistyped, names_in
 
 HEAVY = ("torch", "lightning", "numpy")
@@ -43,3 +44,9 @@ def test_what_lies_below_an_option_is_left_to_the_parser() -> None:
     assert (
         find_mistyped(["--trainer.callbacks.monitor=val/loss", "--trainer.callbacks+=Timer", "--config=x"]) is None
     )
+
+
+def test_resolving_options_seeds_nothing() -> None:
+    before = torch.get_rng_state()
+    assert resolve(["--seed_everything=7"])["seed_everything"] == 7
+    assert torch.equal(torch.get_rng_state(), before)

@@ -17,12 +17,10 @@ from moepp.model import MoELayer, Routing
 from moepp.study.compare.matrix import Matrix, Run, Variant
 from moepp.study.timing import TrainingStep, in_turn, quartiles
 from moepp.system.files import replacing, sha256_of_file
-from moepp.system.machine import device_name, keep_freed_memory, provenance
+from moepp.system.machine import default_precision, device_name, keep_freed_memory, product_dtype, provenance
 from moepp.text.data_module import TokenDataModule
 from moepp.training.checkpoint import last_checkpoint, read_checkpoint
 from moepp.training.module import LitMoE
-
-DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}  # by how a precision's name begins
 
 
 def measure(matrix: Matrix, runs: list[Run], cache: Path) -> dict[str, dict[str, float]]:
@@ -85,7 +83,7 @@ class TimedModel:
 
     def __init__(self, variant: Variant, batch: dict[str, Tensor], precision: str, device: torch.device) -> None:
         kind, _, how = precision.partition("-")
-        self.dtype = DTYPES.get(kind, torch.float32)
+        self.dtype = product_dtype(precision)
         mixed = kind in ("bf16", "16") and how != "true"  # weights in float32, products in half
         self.autocast = torch.autocast(device.type, self.dtype, enabled=mixed)
         lit = LitMoE(variant.transformer, variant.moe, compile=variant.options["model"]["compile"])
@@ -135,8 +133,7 @@ def step_seconds(variant: Variant) -> float:
     device = best_device(variant)
     data, trainer = variant.options["data"], variant.options["trainer"]
     tokens_BS = torch.randint(variant.transformer.vocab_size, (data["batch_size"], data["seq_len"]))
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    precision = str(trainer["precision"] or ("bf16-mixed" if bf16 else "32-true"))  # as `moepp fit` chooses
+    precision = str(trainer["precision"] or default_precision(device))
     model = TimedModel(variant, {"inputs": tokens_BS, "targets": tokens_BS}, precision, device)
     rounds = in_turn([model.training_step], device, least=3, seconds=0.0)
     return quartiles([seconds for (seconds,) in rounds])[1] * trainer["accumulate_grad_batches"]
