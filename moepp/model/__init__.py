@@ -6,6 +6,7 @@ Nothing here knows of a trainer, and nothing but torch and safetensors is import
 from .config import MoEConfig, TransformerConfig
 from .counts import ParameterCount, count_parameters, flops_per_token
 from .errors import InputError
+from .foreign import load_foreign
 from .loss import linear_cross_entropy, nll_by_token
 from .moe import MoELayer
 from .released import export_released, load_released
@@ -26,6 +27,7 @@ __all__ = [
     "export_released",
     "flops_per_token",
     "linear_cross_entropy",
+    "load_foreign",
     "load_released",
     "mean_load_balance_loss",
     "nll_by_token",

@@ -21,10 +21,17 @@ def load_balance_loss(probs_TE: Tensor, experts_TK: Tensor, moe: MoEConfig) -> T
     """L_b = Σ_i η_i f_i P_i with η = 1 for FFN experts and τ for the others (equation 7).
 
     f_i, the share of tokens that chose expert i, is counted before any capacity and carries no gradient;
-    P_i is the mean probability of expert i. Returns a scalar.
+    P_i is the mean probability of expert i. With `balance_groups` both are taken as spread evenly over the FFN
+    experts, and over the others: their shares are balanced, single experts are not. Returns a scalar.
     """
     f_E = count_assignments(experts_TK, moe.n_experts).to(probs_TE.dtype) / len(experts_TK)
     P_E = probs_TE.mean(0)
+    if moe.balance_groups:
+        groups = [moe.n_ffn, moe.n_zero_computation]
+        f_E, P_E = (
+            torch.cat([part.mean().expand(len(part)) for part in value_E.split(groups) if len(part)])
+            for value_E in (f_E, P_E)
+        )
     eta_E = torch.full_like(P_E, moe.tau)
     eta_E[moe.kinds["ffn"]] = 1.0
     return (eta_E * f_E * P_E).sum()

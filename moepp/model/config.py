@@ -32,6 +32,10 @@ class MoEConfig:
         logits_norm_std: released checkpoints only: scale logits to this standard deviation before the softmax.
         renormalize_without_zero: False, in some released checkpoints only, leaves the zero experts' gates in
             the sum that gates are divided by.
+        renormalize: False, in some models of others: gates are the chosen experts' probabilities among all E.
+        balance_groups: balance FFN experts as one group against zero-computation experts as another, and no
+            expert within them (arXiv 2605.18643).
+        score_bias: the scores of zero-computation experts have a bias, which a schedule sets (conversion.py).
     """
 
     n_ffn: int = 8
@@ -47,6 +51,9 @@ class MoEConfig:
     scale_expert_input: float = 1.0
     logits_norm_std: float | None = None
     renormalize_without_zero: bool = True
+    renormalize: bool = True
+    balance_groups: bool = False
+    score_bias: bool = False
 
     def __post_init__(self) -> None:
         require_types(self, "moe")
@@ -121,6 +128,8 @@ class TransformerConfig:
         intermediate_size: hidden width of one SwiGLU FFN expert, H.
         n_heads: attention heads.
         n_kv_heads: key/value heads for grouped-query attention; null means `n_heads`.
+        head_size: width of a head, d; null means `hidden_size` / `n_heads`.
+        qk_norm: RMSNorm of queries and keys before RoPE: of each head, or over the width of all heads.
         context_length: longest sequence in tokens.
         rope_theta: base of the rotary position embedding.
         norm_eps: ε of RMSNorm.
@@ -134,6 +143,8 @@ class TransformerConfig:
     intermediate_size: int = 688
     n_heads: int = 4
     n_kv_heads: int | None = None
+    head_size: int | None = None
+    qk_norm: Literal["none", "head", "width"] = "none"
     context_length: int = 256
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
@@ -143,7 +154,7 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         require_types(self, "transformer")
         for field in fields(self):
-            if field.type in (int, int | None):  # n_kv_heads may be null
+            if field.type in (int, int | None):  # those of heads may be null
                 size = getattr(self, field.name)
                 require(size is None or size >= 1, f"transformer.{field.name}", size, "must be at least 1")
         D, d = self.hidden_size, self.head_dim
@@ -151,16 +162,21 @@ class TransformerConfig:
             ("rope_theta", self.rope_theta >= 1, "must be at least 1"),
             ("norm_eps", self.norm_eps >= 1e-12, "must be at least 1e-12"),
             ("init_std", 0 < self.init_std <= 10, "must be positive and at most 10"),
-            ("n_heads", D % self.n_heads == 0, f"must divide hidden_size={D}"),
-            ("n_heads", d % 2 == 0, f"must leave an even head size for RoPE, not {d}"),
+            ("n_heads", self.head_size is not None or D % self.n_heads == 0, f"must divide hidden_size={D}"),
+            (
+                "n_heads" if self.head_size is None else "head_size",
+                d % 2 == 0,
+                f"must leave an even head size for RoPE, not {d}",
+            ),
             ("n_kv_heads", self.n_heads % self.kv_heads == 0, f"must divide n_heads={self.n_heads}"),
+            ("qk_norm", self.qk_norm in ("none", "head", "width"), "must be none, head or width"),
         ]
         for name, ok, rule in rules:
             require(ok, f"transformer.{name}", getattr(self, name), rule)
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.n_heads
+        return self.hidden_size // self.n_heads if self.head_size is None else self.head_size
 
     @property
     def kv_heads(self) -> int:

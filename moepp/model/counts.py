@@ -39,14 +39,16 @@ def count_parameters(transformer: TransformerConfig, moe: MoEConfig) -> Paramete
     router = E * D if moe.router_depth == 1 else 8 * E * D + 8 * E * E
     gating_residuals = E * E * (t.n_layers - 1) if moe.gating_residual else 0  # the first layer has none
     one_ffn_expert = 3 * D * t.intermediate_size
+    q_width, kv_width = t.n_heads * t.head_dim, t.kv_heads * t.head_dim
+    qk_gains = {"none": 0, "head": 2 * t.head_dim, "width": q_width + kv_width}[t.qk_norm]
     return ParameterCount(
         embedding=t.vocab_size * D,
         head=0 if t.tie_embeddings else t.vocab_size * D,
-        attention=t.n_layers * 2 * D * (D + t.kv_heads * t.head_dim),
+        attention=t.n_layers * 2 * D * (q_width + kv_width),
         router=t.n_layers * router + gating_residuals,
         ffn_experts=t.n_layers * moe.n_ffn * one_ffn_expert,
         constants=t.n_layers * moe.n_const * 3 * D,
-        norms=(2 * t.n_layers + 1) * D,
+        norms=(2 * t.n_layers + 1) * D + t.n_layers * qk_gains,
         one_ffn_expert=one_ffn_expert,
         n_layers=t.n_layers,
     )
@@ -74,6 +76,6 @@ def flops_per_token(transformer: TransformerConfig, moe: MoEConfig, seq_len: int
     t, count = transformer, count_parameters(transformer, moe)
     ffn = t.n_layers * ffn_per_token * count.one_ffn_expert
     head = t.vocab_size * t.hidden_size  # where it is tied to the embedding, too
-    attention = t.n_layers * 2 * 2 * t.hidden_size * (seq_len / 2)
+    attention = t.n_layers * 2 * 2 * t.n_heads * t.head_dim * (seq_len / 2)
     constants = t.n_layers * 2 * 2 * moe.n_const * t.hidden_size
     return 2 * (count.attention + count.router + ffn + head) + attention + constants

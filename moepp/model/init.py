@@ -32,7 +32,9 @@ def draw_seed() -> int:
 def init_parameters(
     module: nn.Module, seed: int, std: float = 0.02, n_layers: int = 1, tied: bool = False
 ) -> None:
-    """Draw all parameters of `module` anew. Does nothing on the meta device."""
+    """Draw all parameters of `module` anew, and set its buffers to 0. Does nothing on the meta device."""
+    for buffer in module.buffers():
+        nn.init.zeros_(buffer)
     for name, parameter in module.named_parameters():
         if parameter.is_meta:
             continue

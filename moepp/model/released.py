@@ -6,6 +6,7 @@ top-2 routing.
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from torch import Tensor
 from .config import MoEConfig, TransformerConfig
 from .errors import InputError
 from .transformer import Transformer
+from .weights import Parts, Shards, dense_names, fill, read_json
 
-HELD: dict[str, Any] = {"n_zero": 1, "n_copy": 1, "n_const": 2, "top_k": 2}  # nothing else fits the format
+# nothing else fits the format
+HELD: dict[str, Any] = {"n_zero": 1, "n_copy": 1, "n_const": 2, "top_k": 2}
+PLAIN: dict[str, Any] = {"renormalize": True, "score_bias": False, "qk_norm": "none", "head_size": None}
 TRANSFORMER = {  # our fields, and their keys in config.json
     "vocab_size": "vocab_size",
     "n_layers": "num_hidden_layers",
@@ -40,26 +44,8 @@ def load_released(folder: str | Path) -> Transformer:
     """
     folder = Path(folder)
     transformer, moe = read_config(folder)
-    tensors = read_weights(folder)
     model = Transformer(transformer, moe)
-    state: dict[str, Tensor] = {}
-    for name, parts in tensor_names(transformer, moe):
-        missing = [part for part in parts if part not in tensors]
-        if missing:
-            raise InputError(f"{folder}: has no tensor {missing[0]}; is the checkpoint whole?")
-        try:
-            value = (torch.stack if stacked(name) else torch.cat)([tensors[part] for part in parts])
-        except (RuntimeError, TypeError) as error:  # of several shapes, or no tensors
-            raise InputError(f"{folder}: {parts[0]} and its like do not make one {name} ({error})") from error
-        expected = model.get_parameter(name).shape
-        if value.shape != expected:
-            raise InputError(
-                f"{folder}: {parts[0]} makes {name} {tuple(value.shape)}, config.json {tuple(expected)}"
-            )
-        if not value.isfinite().all():
-            raise InputError(f"{folder}: {parts[0]} or its like holds values that are not finite")
-        state[name] = value
-    model.load_state_dict(state, strict=not transformer.tie_embeddings)
+    fill(model, Shards(folder), tensor_names(transformer, moe))
     return model.eval()
 
 
@@ -83,7 +69,8 @@ def export_released(model: Transformer, folder: str | Path) -> None:
             values = list(value.split([model.config.hidden_size, kv, kv]))
         else:
             values = [value]
-        tensors |= {part: v.contiguous().clone() for part, v in zip(parts, values, strict=True)}
+        names = chain.from_iterable(parts)
+        tensors |= {part: v.contiguous().clone() for part, v in zip(names, values, strict=True)}
     E = model.moe_config.n_experts
     for i in range(model.config.n_layers):  # no gating residual is a residual of zero; layer 0's is never used
         tensors.setdefault(f"model.layers.{i}.mlp.moe.gate.gate_map.weight", torch.zeros(E, E))
@@ -97,37 +84,28 @@ def stacked(name: str) -> bool:
     return name.endswith(("w_gate_up", "w_down", "constants", "mix"))
 
 
-def tensor_names(transformer: TransformerConfig, moe: MoEConfig) -> Iterator[tuple[str, list[str]]]:
+def tensor_names(transformer: TransformerConfig, moe: MoEConfig) -> Iterator[tuple[str, Parts]]:
     """(our parameter, the released tensors it is made of) for every parameter."""
-    yield "embedding.weight", ["model.embed_tokens.weight"]
-    yield "norm.weight", ["model.norm.weight"]
-    if not transformer.tie_embeddings:
-        yield "head.weight", ["lm_head.weight"]
+    yield from dense_names(transformer)
     router = {1: [""], 2: ["0.", "2."]}[moe.router_depth]
     ffn, const = range(moe.n_ffn), range(moe.n_ffn, moe.n_ffn + moe.n_const)
     for i in range(transformer.n_layers):
         ours, theirs = f"blocks.{i}", f"model.layers.{i}"
         gate, expert = f"{theirs}.mlp.moe.gate", f"{theirs}.mlp.moe.experts.experts"
-        yield f"{ours}.attention_norm.weight", [f"{theirs}.input_layernorm.weight"]
-        yield f"{ours}.moe_norm.weight", [f"{theirs}.post_attention_layernorm.weight"]
-        yield f"{ours}.attention.qkv.weight", [f"{theirs}.self_attn.{part}_proj.weight" for part in "qkv"]
-        yield f"{ours}.attention.output.weight", [f"{theirs}.self_attn.o_proj.weight"]
         for j, infix in enumerate(router):
-            yield f"{ours}.moe.router.weights.{j}", [f"{gate}.wg.{infix}weight"]
+            yield f"{ours}.moe.router.weights.{j}", [[f"{gate}.wg.{infix}weight"]]
         if moe.gating_residual and i > 0:
-            yield f"{ours}.moe.router.residual", [f"{gate}.gate_map.weight"]
-        yield f"{ours}.moe.ffn.w_gate_up", [f"{expert}.{n}.up_proj.weight" for n in ffn]
-        yield f"{ours}.moe.ffn.w_down", [f"{expert}.{n}.down_proj.weight" for n in ffn]
-        yield f"{ours}.moe.zero_computation.constants", [f"{expert}.{n}.constant" for n in const]
-        yield f"{ours}.moe.zero_computation.mix", [f"{expert}.{n}.wg.weight" for n in const]
+            yield f"{ours}.moe.router.residual", [[f"{gate}.gate_map.weight"]]
+        yield f"{ours}.moe.ffn.w_gate_up", [[f"{expert}.{n}.up_proj.weight"] for n in ffn]
+        yield f"{ours}.moe.ffn.w_down", [[f"{expert}.{n}.down_proj.weight"] for n in ffn]
+        yield f"{ours}.moe.zero_computation.constants", [[f"{expert}.{n}.constant"] for n in const]
+        yield f"{ours}.moe.zero_computation.mix", [[f"{expert}.{n}.wg.weight"] for n in const]
 
 
 def read_config(folder: Path) -> tuple[TransformerConfig, MoEConfig]:
     path = folder / "config.json"
-    if not path.is_file():
-        raise InputError(f"{folder}: is not a released MoE++ folder, it has no config.json")
+    config = read_json(folder)
     try:
-        config = json.loads(path.read_text())
         if config["model_type"] != "MoE++":
             raise InputError(f"{path}: model_type is {config['model_type']!r}, not 'MoE++'")
         if config.get("rope_scaling") or config.get("moe_expert_interval", 1) != 1:
@@ -154,9 +132,10 @@ def read_config(folder: Path) -> tuple[TransformerConfig, MoEConfig]:
 
 
 def write_config(transformer: TransformerConfig, moe: MoEConfig) -> dict[str, Any]:
-    for name, value in HELD.items():
-        if getattr(moe, name) != value:
-            raise InputError(f"moe.{name}: the released format holds exactly {value}, got {getattr(moe, name)}")
+    for name, value in (HELD | PLAIN).items():
+        part, config = ("moe", moe) if hasattr(moe, name) else ("transformer", transformer)
+        if (said := getattr(config, name)) != value:
+            raise InputError(f"{part}.{name}: the released format holds exactly {value}, got {said}")
     mixtral_gating = not moe.renormalize_without_zero
     if moe.scale_expert_input not in ((1.0,) if mixtral_gating else (1.0, float(HELD["top_k"]))):
         raise InputError(f"moe.scale_expert_input: the released format cannot hold {moe.scale_expert_input}")
@@ -176,23 +155,3 @@ def write_config(transformer: TransformerConfig, moe: MoEConfig) -> dict[str, An
         "moe_gate_norm_std": 1.0 if moe.logits_norm_std is None else moe.logits_norm_std,
         "use_cache": False,
     }
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of all shards. `.bin` files are read with `weights_only`: they cannot run code."""
-    shards = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not shards:
-        raise InputError(f"{folder}: has neither model*.safetensors nor pytorch_model*.bin")
-    tensors: dict[str, Tensor] = {}
-    for shard in shards:
-        try:
-            if shard.suffix == ".safetensors":
-                from safetensors.torch import load_file
-
-                tensors |= load_file(shard)
-            else:
-                tensors |= torch.load(shard, map_location="cpu", weights_only=True)
-        except Exception as error:  # each library has its own; none of them names the file
-            reason = str(error).strip() or type(error).__name__
-            raise InputError(f"{shard}: cannot be read, is it damaged? ({reason.splitlines()[0]})") from error
-    return tensors

@@ -22,7 +22,8 @@ class Routing:
         logits: (T, E) G_j, what the next layer's gating residual receives.
         experts: (T, K) int64, the chosen experts, best first.
         gates: (T, K) their weights in the output; zero experts' and dropped assignments' are 0.
-        scores: (T, E) what softmax and top-k were taken of: the logits, or what `logits_norm_std` made of them.
+        scores: (T, E) what softmax and top-k were taken of: the logits, or what `logits_norm_std` and the bias
+            made of them.
         kept: (T, K) bool, False where an expert was over capacity; None when dropless.
         moe: the configuration the decision was made under.
     """
@@ -83,6 +84,8 @@ class Router(nn.Module):
         self.weights = nn.ParameterList(torch.empty(n_out, n_in) for n_in, n_out in pairwise(widths))
         # (E, E), W_g. The first layer has nothing before it: there it would never get a gradient.
         self.residual = nn.Parameter(torch.empty(E, E)) if moe.gating_residual and not first else None
+        self.bias: Tensor | None  # (), on the scores of zero-computation experts: no parameter, a schedule sets it
+        self.register_buffer("bias", torch.zeros(()) if moe.score_bias else None)
 
     def forward(self, x_BSD: Tensor, previous_logits_TE: Tensor | None = None) -> Routing:
         moe = self.moe
@@ -97,6 +100,9 @@ class Router(nn.Module):
             if moe.logits_norm_std is not None:
                 std_T1 = logits_TE.std(-1, keepdim=True).clamp(min=1e-12)  # 0 where all logits are equal
                 scores_TE = logits_TE * (moe.logits_norm_std / std_T1)
+            if self.bias is not None:
+                is_ffn_E = torch.arange(moe.n_experts, device=scores_TE.device) < moe.n_ffn
+                scores_TE = scores_TE + self.bias.to(dtype).where(~is_ffn_E, 0.0)
             experts_TK = self.choose(scores_TE)
             gates_TK = self.gates(scores_TE, experts_TK)
             kept_TK = None
@@ -111,8 +117,10 @@ class Router(nn.Module):
 
     def gates(self, scores_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """(T, K): softmax over the chosen experts' scores = their probabilities divided by their sum."""
-        chosen_TK = scores_TE.gather(1, experts_TK)
         is_zero_TK = experts_TK >= self.moe.kinds["zero"].start
+        if not self.moe.renormalize:
+            return scores_TE.softmax(-1).gather(1, experts_TK).masked_fill(is_zero_TK, 0.0)
+        chosen_TK = scores_TE.gather(1, experts_TK)
         if not self.moe.renormalize_without_zero:
             return chosen_TK.softmax(-1)
         # -inf takes zero experts out of the sum; a row of nothing but -inf would be NaN, forward and backward

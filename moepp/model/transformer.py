@@ -40,16 +40,24 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.head_dim, D = config.head_dim, config.hidden_size
-        self.widths = [D, config.kv_heads * self.head_dim, config.kv_heads * self.head_dim]
+        q_width, kv_width = config.n_heads * self.head_dim, config.kv_heads * self.head_dim
+        self.widths = [q_width, kv_width, kv_width]
         self.qkv = nn.Linear(D, sum(self.widths), bias=False)
-        self.output = nn.Linear(D, D, bias=False)
+        self.output = nn.Linear(q_width, D, bias=False)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm != "none":
+            q_normed, k_normed = (self.head_dim,) * 2 if self.qk_norm == "head" else (q_width, kv_width)
+            self.q_norm = nn.RMSNorm(q_normed, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(k_normed, eps=config.norm_eps)
 
     def forward(self, x_BSD: Tensor, rope_2Sd: Tensor, cache: KVCache | None = None) -> Tensor:
         B, S, _ = x_BSD.shape
-        q, k, v = (
-            part.view(B, S, -1, self.head_dim).transpose(1, 2)  # (B, heads, S, d)
-            for part in self.qkv(x_BSD).split(self.widths, dim=-1)
-        )
+        q, k, v = self.qkv(x_BSD).split(self.widths, dim=-1)
+        if self.qk_norm == "width":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.view(B, S, -1, self.head_dim).transpose(1, 2) for part in (q, k, v))  # (B, heads, S, d)
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rope_2Sd), rotate(k, rope_2Sd)
         causal = True
         if cache is not None:
@@ -109,8 +117,8 @@ class Transformer(nn.Module):
         self.to_empty(device=device)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        self.register_buffer("rope_2Sd", rope_table(config), persistent=False)
         init_parameters(self, seed, config.init_std, config.n_layers, config.tie_embeddings)
+        self.register_buffer("rope_2Sd", rope_table(config), persistent=False)
 
     def forward(self, tokens_BS: Tensor, caches: list[KVCache] | None = None) -> Output:
         """With `caches` (one per layer) `tokens_BS` continues the positions that these have seen."""

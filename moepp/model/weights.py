@@ -1,0 +1,139 @@
+"""A Hugging Face folder: its config.json, its shards of named tensors, and a model filled from them."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import TransformerConfig
+from .errors import InputError
+
+
+def read_json(folder: Path) -> dict[str, Any]:
+    """The folder's config.json.
+
+    Raises:
+        InputError: it is missing, or holds no config.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: is not a Hugging Face folder, it has no config.json")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not JSON ({error})") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise InputError(f"{path}: has no model_type")
+    return config
+
+
+class Shards(Mapping[str, Tensor]):
+    """All tensors of all shards (`.safetensors`, else `.bin`), each read when it is asked for.
+
+    `.bin` files are read with `weights_only`: they cannot run code.
+
+    Raises:
+        InputError: there are no shards, one that the index names is missing, or one is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shards = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+        if not shards:
+            raise InputError(f"{folder}: has neither model*.safetensors nor pytorch_model*.bin")
+        for index in folder.glob("*.index.json"):
+            if index.name.startswith(shards[0].name.split("-")[0].split(".")[0]):
+                self.require_all_of(index)
+        self.shard_of = {name: shard for shard in map(self.open, shards) for name in shard}
+
+    def require_all_of(self, index: Path) -> None:
+        try:
+            named = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(f"{index}: cannot be read, is it damaged? ({type(error).__name__})") from error
+        if missing := sorted(name for name in named if not (self.folder / str(name)).is_file()):
+            raise InputError(f"{self.folder}: the shard {missing[0]} is missing")
+
+    def open(self, shard: Path) -> Mapping[str, Tensor]:
+        try:
+            if shard.suffix == ".bin":
+                return torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
+            return SafeTensors(shard)
+        except Exception as error:  # each library has its own; none of them names the file
+            reason = str(error).strip() or type(error).__name__
+            raise InputError(f"{shard}: cannot be read, is it damaged? ({reason.splitlines()[0]})") from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shard_of:
+            raise InputError(f"{self.folder}: has no tensor {name}; is the checkpoint whole?")
+        return self.shard_of[name][name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shard_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shard_of)
+
+    def __len__(self) -> int:
+        return len(self.shard_of)
+
+
+class SafeTensors(Mapping[str, Tensor]):
+    """A `.safetensors` file."""
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import safe_open
+
+        self.file: Any = safe_open(path, framework="pt")
+        self.names = list(self.file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+Parts = list[list[str]]  # of one parameter: what to concatenate, and of several such what to stack
+
+
+def dense_names(config: TransformerConfig) -> Iterator[tuple[str, Parts]]:
+    """(our parameter, the tensors it is made of) of all but MoE layers and q/k-norms, in Llama's names."""
+    yield "embedding.weight", [["model.embed_tokens.weight"]]
+    yield "norm.weight", [["model.norm.weight"]]
+    if not config.tie_embeddings:
+        yield "head.weight", [["lm_head.weight"]]
+    for i in range(config.n_layers):
+        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
+        yield f"{ours}.attention_norm.weight", [[f"{theirs}.input_layernorm.weight"]]
+        yield f"{ours}.moe_norm.weight", [[f"{theirs}.post_attention_layernorm.weight"]]
+        yield f"{ours}.attention.qkv.weight", [[f"{theirs}.self_attn.{part}_proj.weight" for part in "qkv"]]
+        yield f"{ours}.attention.output.weight", [[f"{theirs}.self_attn.o_proj.weight"]]
+
+
+@torch.no_grad()
+def fill(model: nn.Module, tensors: Shards, names: Iterable[tuple[str, Parts]]) -> None:
+    """Set each parameter of `model` that is named from the tensors it is made of.
+
+    Raises:
+        InputError: a tensor is missing, of another shape, or holds values that are not finite.
+    """
+    for name, parts in names:
+        first, parameter = parts[0][0], model.get_parameter(name)
+        try:
+            values = [torch.cat([tensors[part] for part in group]) for group in parts]
+            value = torch.stack(values) if values[0].dim() < parameter.dim() else torch.cat(values)
+        except (RuntimeError, TypeError) as error:  # of several shapes, or no tensors
+            raise InputError(f"{tensors.folder}: {first} and its like do not make one {name} ({error})") from error
+        if value.shape != parameter.shape:
+            shapes = f"{tuple(value.shape)}, config.json {tuple(parameter.shape)}"
+            raise InputError(f"{tensors.folder}: {first} makes {name} {shapes}")
+        if not value.isfinite().all():
+            raise InputError(f"{tensors.folder}: {first} or its like holds values that are not finite")
+        parameter.copy_(value)
