@@ -4,6 +4,7 @@ Nothing here knows of a trainer, and nothing but torch and safetensors is import
 """
 
 from .config import MoEConfig, TransformerConfig
+from .conversion import add_zero_computation, upcycle
 from .counts import ParameterCount, count_parameters, flops_per_token
 from .errors import InputError
 from .foreign import load_foreign
@@ -23,6 +24,7 @@ __all__ = [
     "Routing",
     "Transformer",
     "TransformerConfig",
+    "add_zero_computation",
     "count_parameters",
     "export_released",
     "flops_per_token",
@@ -31,4 +33,5 @@ __all__ = [
     "load_released",
     "mean_load_balance_loss",
     "nll_by_token",
+    "upcycle",
 ]

@@ -1,0 +1,102 @@
+"""A trained model made into another that computes the same: zero-computation experts added to a vanilla MoE, and
+experts made of a dense model's FFN (sparse upcycling, arXiv 2212.05055).
+
+An added expert's row in the router is the mean of the old rows plus some noise, its gating residual is 0, and a
+bias on the scores keeps it at probability 0. Nobody is ever sent there, and no gradient arrives, until training
+lets the bias rise (training/start.py).
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from .config import require
+from .errors import InputError
+from .router import Router
+from .transformer import Transformer
+
+SILENT = -1e4  # e to this is exactly 0, in float64 too
+
+
+@torch.no_grad()
+def add_zero_computation(
+    model: Transformer, n_zero: int, n_copy: int = 0, n_const: int = 0, noise: float = 0.1, seed: int = 0
+) -> Transformer:
+    """A model with the logits of `model`, which has further experts that no token chooses yet.
+
+    Args:
+        model: without zero-computation experts, its router linear.
+        n_zero: zero experts to add. The residual stream of a trained model has no room for the others' output:
+            with copies the models of others broke (arXiv 2605.18643).
+        n_copy: copy experts to add.
+        n_const: constant experts to add.
+        noise: of the added rows, in standard deviations of the old rows about their mean; at 1 they are drawn as
+            the old rows are spread.
+        seed: of the noise.
+
+    Raises:
+        InputError: it has zero-computation experts already, or a router of another kind; nothing is to be added.
+    """
+    old = model.moe_config
+    if old.n_zero_computation:
+        raise InputError(f"the model has {old.n_zero_computation} zero-computation experts already")
+    require(old.router_depth == 1, "moe.router_depth", old.router_depth, "must be 1 to add experts")
+    require(old.logits_norm_std is None, "moe.logits_norm_std", old.logits_norm_std, "must be null to add experts")
+    require(n_zero + n_copy + n_const > 0, "n_zero", n_zero, "must be positive, or n_copy or n_const")
+    require(noise >= 0, "noise", noise, "must not be negative")
+    moe = replace(
+        old,
+        n_zero=n_zero,
+        n_copy=n_copy,
+        n_const=n_const,
+        gating_residual=True,
+        balance_groups=True,
+        score_bias=True,
+    )
+    torch.manual_seed(seed)
+    new = Transformer(model.config, moe)
+    for name, parameter in model.named_parameters():
+        if ".router." not in name:
+            new.get_parameter(name).copy_(parameter)
+    for old_router, new_router in zip(routers(model), routers(new), strict=True):
+        add_rows(old_router, new_router, noise)
+    return new.eval()
+
+
+def routers(model: nn.Module) -> list[Router]:
+    """Of every layer, the first first."""
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
+def add_rows(old: Router, new: Router, noise: float) -> None:
+    """Set the weights of `new`, which knows more experts, so that it routes as `old` does."""
+    n_old, rows_ED = old.moe.n_experts, old.weights[0]
+    mean_D, std_D = rows_ED.mean(0), rows_ED.std(0, correction=0)
+    added_ED = new.weights[0][n_old:]
+    added_ED.copy_(mean_D + noise * std_D * torch.randn_like(added_ED))
+    new.weights[0][:n_old] = rows_ED
+    if new.residual is not None:
+        new.residual.zero_()
+        if old.residual is not None:
+            new.residual[:n_old, :n_old] = old.residual
+    if new.bias is not None:
+        new.bias.fill_(SILENT)
+
+
+@torch.no_grad()
+def upcycle(model: Transformer, n_ffn: int, top_k: int = 2, seed: int = 0) -> Transformer:
+    """A model with the logits of the dense `model`, whose FFN is `n_ffn` equal experts behind a new router.
+
+    Raises:
+        InputError: the model has experts already; `n_ffn` or `top_k` make no mixture.
+    """
+    old = model.moe_config
+    require(old.n_experts == 1, "moe.n_ffn", old.n_experts, "must be 1, a dense model, to make experts of")
+    require(n_ffn > 1, "n_ffn", n_ffn, "must be at least 2")
+    torch.manual_seed(seed)
+    new = Transformer(model.config, replace(old, n_ffn=n_ffn, top_k=top_k))
+    for name, parameter in model.named_parameters():
+        if ".router." not in name:
+            new.get_parameter(name).copy_(parameter)  # of experts: to all of them
+    return new.eval()
