@@ -8,7 +8,7 @@ from .conversion import add_zero_computation, upcycle
 from .counts import ParameterCount, count_parameters, flops_per_token
 from .errors import InputError
 from .foreign import load_foreign
-from .loss import linear_cross_entropy, nll_by_token
+from .loss import linear_cross_entropy, linear_distillation, nll_by_token
 from .moe import MoELayer
 from .released import export_released, load_released
 from .router import Routing, mean_load_balance_loss
@@ -29,6 +29,7 @@ __all__ = [
     "export_released",
     "flops_per_token",
     "linear_cross_entropy",
+    "linear_distillation",
     "load_foreign",
     "load_released",
     "mean_load_balance_loss",

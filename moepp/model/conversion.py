@@ -84,6 +84,18 @@ def add_rows(old: Router, new: Router, noise: float) -> None:
         new.bias.fill_(SILENT)
 
 
+def set_bias(model: nn.Module, bias: float) -> None:
+    """Of the scores of zero-computation experts, in every router that has one."""
+    for router in routers(model):
+        if router.bias is not None:
+            router.bias.fill_(bias)
+
+
+def bias_at(step: int, start: float, steps: int) -> float:
+    """The bias on added experts' scores at optimizer step `step`, from 0: from `start` to 0 over `steps`."""
+    return start * (1 - step / steps) if step < steps else 0.0
+
+
 @torch.no_grad()
 def upcycle(model: Transformer, n_ffn: int, top_k: int = 2, seed: int = 0) -> Transformer:
     """A model with the logits of the dense `model`, whose FFN is `n_ffn` equal experts behind a new router.

@@ -5,6 +5,7 @@ chunks that fit the cache, with their gradient taken at once, they take about ha
 memory on a GPU (figures in recipes/results/LOG.md).
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+LossAndGradient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 CHUNK = 1024  # tokens
 # A GPU has no cache to fit, and for every chunk it would add (V, D) to the head's gradient in float32.
 CUDA_CHUNK = 4096
@@ -27,7 +29,33 @@ def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
     if torch.is_autocast_enabled(hidden_ND.device.type):
         dtype = torch.get_autocast_dtype(hidden_ND.device.type)
         hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
-    return LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, compile)
+    softmax = compiled_nll_and_gradient() if compile else nll_and_gradient
+    return LinearLoss.apply(hidden_ND, weight_VD, lambda logits, rows: softmax(logits, targets_N[rows, None]))
+
+
+def linear_distillation(
+    hidden_ND: Tensor, weight_VD: Tensor, teacher_ND: Tensor, teacher_VD: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Mean of T² · KL(teacher ‖ student) of both sides' softmax(logits / T), T the temperature (arXiv 1503.02531).
+
+    T² keeps the gradient's size whatever T is. The widths of the two need not be equal; gradients reach the
+    student alone. Returns a scalar.
+    """
+
+    def kl_and_gradient(logits_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(logits_CV.dtype, torch.float32)
+        student_CV = (logits_CV.to(dtype) / temperature).log_softmax(-1)
+        teacher_CV = ((teacher_ND[rows] @ teacher_VD.T).to(dtype) / temperature).log_softmax(-1)
+        probs_CV = teacher_CV.exp()
+        kl = (probs_CV * (teacher_CV - student_CV)).sum()
+        return temperature**2 * kl, (student_CV.exp() - probs_CV).mul_(temperature).to(logits_CV.dtype)
+
+    if torch.is_autocast_enabled(hidden_ND.device.type):
+        dtype = torch.get_autocast_dtype(hidden_ND.device.type)
+        hidden_ND, weight_VD, teacher_ND, teacher_VD = (
+            tensor.to(dtype) for tensor in (hidden_ND, weight_VD, teacher_ND, teacher_VD)
+        )
+    return LinearLoss.apply(hidden_ND, weight_VD, kl_and_gradient)
 
 
 @torch.no_grad()
@@ -42,19 +70,21 @@ def nll_by_token(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Ten
     return torch.cat(nll)
 
 
-class LinearCrossEntropy(torch.autograd.Function):
+class LinearLoss(torch.autograd.Function):
+    """Mean over the tokens of a loss of the logits. `loss_and_gradient` gives its sum for the logits of a slice of
+    the tokens, and its gradient with respect to these."""
+
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, compile: bool) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, loss_and_gradient: LossAndGradient) -> Tensor:
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         chunk = CUDA_CHUNK if hidden_ND.is_cuda else CHUNK
-        softmax = compiled_nll_and_gradient() if compile else nll_and_gradient
         total = hidden_ND.new_zeros((), dtype=dtype)
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=dtype)
         for start in range(0, len(hidden_ND), chunk):
             rows = slice(start, start + chunk)
-            nll, grad_logits = softmax(hidden_ND[rows] @ weight_VD.T, targets_N[rows, None])
-            total += nll
+            loss, grad_logits = loss_and_gradient(hidden_ND[rows] @ weight_VD.T, rows)
+            total += loss
             grad_hidden_ND[rows] = grad_logits @ weight_VD
             grad_weight_VD += grad_logits.T @ hidden_ND[rows]
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype))
@@ -62,10 +92,10 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
         scale = grad / len(grad_hidden_ND)  # a scalar in float32: it does not promote what it multiplies
-        return grad_hidden_ND * scale, grad_weight_VD * scale, None, None
+        return grad_hidden_ND * scale, grad_weight_VD * scale, None
 
 
 def nll_and_gradient(logits_NV: Tensor, targets_N1: Tensor) -> tuple[Tensor, Tensor]:

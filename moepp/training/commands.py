@@ -1,12 +1,21 @@
-"""The small verbs: prepare, generate, import, export. Each function's signature is its command line."""
+"""The small verbs: prepare, generate, import, convert, export. Each function's signature is its command line."""
 
 from pathlib import Path
 
 import torch
 from jsonargparse import auto_cli
 
-from moepp.model import InputError, export_released, load_released
+from moepp.model import (
+    InputError,
+    Transformer,
+    add_zero_computation,
+    export_released,
+    load_foreign,
+    load_released,
+    upcycle,
+)
 from moepp.model import generate as generation
+from moepp.model.weights import read_json
 from moepp.text.prepare import prepare as prepare_text
 from moepp.text.token_files import TokenFiles
 from moepp.text.tokenizer import END_OF_TEXT, load_tokenizer
@@ -80,14 +89,15 @@ def generate(
 
 
 def import_(folder: str, ckpt: str, tokenizer: str | None = None) -> None:
-    """Read a released (Hugging Face) folder into a checkpoint.
+    """Read a Hugging Face folder into a checkpoint: released MoE++, Mixtral, Qwen3-MoE, OLMoE or Llama.
 
     Args:
-        folder: the released folder.
+        folder: the folder, with its config.json and its weights.
         ckpt: the checkpoint to write.
         tokenizer: its tokenizer.json, by default the one in the folder; without any, text cannot be generated.
     """
-    model = load_released(folder)
+    released = read_json(Path(folder))["model_type"] == "MoE++"
+    model = load_released(folder) if released else load_foreign(folder)
     path = Path(tokenizer) if tokenizer else Path(folder) / "tokenizer.json"
     if tokenizer and not path.is_file():
         raise InputError(f"tokenizer: {path} does not exist")
@@ -98,12 +108,60 @@ def import_(folder: str, ckpt: str, tokenizer: str | None = None) -> None:
         except UnicodeDecodeError as error:
             raise InputError(f"tokenizer: {path} is not UTF-8 ({error})") from error
         load_tokenizer(text, f"tokenizer: {path}")
-    if Path(ckpt).exists():
-        raise InputError(f"ckpt: {ckpt} exists already; name another file or remove it")
-    meta = described(model.config, model.moe_config, text, f"what {folder} was trained on")
+    write_model(model, ckpt, text, f"what {folder} was trained on")
+
+
+def convert(
+    ckpt: str,
+    out: str,
+    n_zero: int | None = None,
+    n_copy: int = 0,
+    n_const: int = 0,
+    n_ffn: int | None = None,
+    top_k: int = 2,
+    noise: float = 0.1,
+    seed: int = 0,
+) -> None:
+    """Make another model of a trained one, with the same logits: zero-computation experts, or experts at all.
+
+    The new experts are not chosen before `moepp fit --model.init_from=OUT` lets them in (--model.convert.*).
+
+    Args:
+        ckpt: the checkpoint of a vanilla MoE, or of a dense model.
+        out: the checkpoint to write.
+        n_zero: zero experts to add; by default half as many as there are FFN experts, and with n_ffn none.
+        n_copy: copy experts to add; the residual stream of a trained model has no room for what they add.
+        n_const: constant experts to add.
+        n_ffn: for a dense model: FFN experts to make of its FFN.
+        top_k: and how many of them a token takes.
+        noise: spread of the new rows of the router, in that of the old rows.
+        seed: of the noise, and of the router that n_ffn makes.
+    """
+    loaded = load(ckpt)
+    model = loaded.model
+    if n_ffn is not None:
+        model = upcycle(model, n_ffn, top_k, seed)
+    if n_zero is None:
+        n_zero = 0 if n_ffn is not None or n_copy or n_const else max(1, model.moe_config.n_ffn // 2)
+    if n_zero or n_copy or n_const or n_ffn is None:
+        model = add_zero_computation(model, n_zero, n_copy, n_const, noise, seed)
+    write_model(model, out, loaded.meta["tokenizer"], loaded.meta["data"], loaded.meta["data_hash"])
+
+
+def write_model(
+    model: Transformer, path: str, tokenizer_json: str | None, data: str, data_hash: str | None = None
+) -> None:
+    """Write a checkpoint of weights alone, and print where it is.
+
+    Raises:
+        InputError: there is one already.
+    """
+    if Path(path).exists():
+        raise InputError(f"{path} exists already; name another file or remove it")
+    meta = described(model.config, model.moe_config, tokenizer_json, data, data_hash)
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
-    write_checkpoint(ckpt, {"state_dict": state, "moepp": meta})
-    print(ckpt)
+    write_checkpoint(path, {"state_dict": state, "moepp": meta})
+    print(path)
 
 
 def export(folder: str, ckpt: str | None = None) -> None:
@@ -122,4 +180,4 @@ def export(folder: str, ckpt: str | None = None) -> None:
     print(folder)
 
 
-VERBS = {function.__name__.rstrip("_"): function for function in (prepare, generate, import_, export)}
+VERBS = {function.__name__.rstrip("_"): function for function in (prepare, generate, import_, convert, export)}

@@ -33,6 +33,7 @@ from moepp.training.monitor import Monitor
 from moepp.training.option_names import CLASSES, did_you_mean
 from moepp.training.run_folder import RunFolder, say
 from moepp.training.saving import Checkpoints, StopOnSignal
+from moepp.training.start import described_in
 from moepp.training.summary import Summary
 
 TRAINER_DEFAULTS = {
@@ -113,7 +114,7 @@ class OneLineParser(LightningArgumentParser):
             raise InputError("an option's value is nested too deep, or holds itself") from error
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        line = " ".join(str(message).split())
+        line = re.sub(r"^Call to compute_fn of link .* failed: ", "", " ".join(str(message).split()))
         if unknown := re.search(r"(?:unrecognized arguments: --|not accept option ['\"])([\w.]+)", line, re.I):
             choices = [action.choices for action in self._actions if isinstance(action.choices, dict)]
             parsers = [self, *(parser for verbs in choices for parser in verbs.values())]
@@ -147,7 +148,18 @@ class MoECLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--base", type=str | None, help="in a recipe: the recipe that it changes")
         parser.add_class_arguments(Checkpoints, "checkpoints", instantiate=False)
-        parser.link_arguments("data.vocab_size", "model.transformer.vocab_size", compute_fn=padded_vocab_size)
+        vocab_size = "data.vocab_size", "model.init_from"
+        parser.link_arguments(vocab_size, "model.transformer.vocab_size", compute_fn=vocab_size_of_model)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """What a run does not say of its model is what the checkpoint says that it starts from."""
+        super().parse_arguments(parser, args)
+        options = self.config[self.config.subcommand]
+        if options.model.init_from is not None and options.ckpt_path is None:  # a resumed run has its own options
+            for part, fields in described_in(options.model.init_from).items():
+                defaults = {f"model.{part}.{name}": value for name, value in fields.items()}
+                self._parser("fit").set_defaults(defaults)
+            super().parse_arguments(parser, args)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Fill in what depends on the machine and the run: precision, folder, loggers, callbacks."""
@@ -299,6 +311,11 @@ class OptionsAlone(MoECLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
+
+
+def vocab_size_of_model(of_data: int, init_from: str | None) -> int:
+    """That of the checkpoint which the model starts from, or what the data needs."""
+    return described_in(init_from)["transformer"]["vocab_size"] if init_from else padded_vocab_size(of_data)
 
 
 def require_seed(seed: Any) -> None:

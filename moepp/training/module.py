@@ -15,12 +15,17 @@ from moepp.model import (
     Transformer,
     TransformerConfig,
     linear_cross_entropy,
+    linear_distillation,
     mean_load_balance_loss,
     nll_by_token,
 )
 from moepp.model.config import require, require_sensible
+from moepp.model.conversion import bias_at, set_bias
+from moepp.system.files import differences
 from moepp.training.checkpoint import described
 from moepp.training.metrics import FINAL, VAL, Validation
+from moepp.training.run_folder import say
+from moepp.training.start import ConvertConfig, DistillConfig, Teacher, start_from
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,10 @@ class LitMoE(L.LightningModule):
         moe: experts, router and balance; every ablation is a switch here.
         optim: AdamW and its schedule.
         compile: torch.compile every block, and the loss's softmax.
+        init_from: a checkpoint whose weights training starts from, instead of drawn ones. What else `model` says
+            is by default what the checkpoint says.
+        convert: how the experts that `moepp convert` has added are let in.
+        distill: a teacher to stay close to.
     """
 
     def __init__(
@@ -82,10 +91,15 @@ class LitMoE(L.LightningModule):
         moe: MoEConfig = MoEConfig(),
         optim: OptimConfig = OptimConfig(),
         compile: bool = False,
+        init_from: str | None = None,
+        convert: ConvertConfig = ConvertConfig(),
+        distill: DistillConfig = DistillConfig(),
     ) -> None:
         super().__init__()
         self.transformer, self.moe, self.optim = transformer, moe, optim
         self.model = Transformer(transformer, moe)
+        self.init_from, self.convert, self.distill = init_from, convert, distill
+        self.teacher: Teacher | None = None
         self.compile_loss = compile
         if compile:
             for block in self.model.blocks:
@@ -103,15 +117,45 @@ class LitMoE(L.LightningModule):
                 f"data.seq_len: {data.seq_len} is longer than "
                 f"model.transformer.context_length={self.transformer.context_length}"
             )
+        if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
+            other = start_from(self.model, self.init_from, data.files.tokenizer_json)
+            say(self.trainer, f"starts from {self.init_from}" + (f" with {', '.join(other)}" if other else ""))
+        if stage == "fit" and self.distill.teacher is not None:
+            self.teacher = Teacher(self.distill.teacher, self.transformer, data.files.tokenizer_json)
+
+    def on_fit_start(self) -> None:
+        if self.teacher is not None:
+            self.teacher.model.to(self.model.head.weight)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Let added experts in by as much as is due."""
+        if self.moe.score_bias:
+            steps = self.convert.steps
+            if steps is None:
+                steps = int(self.trainer.estimated_stepping_batches) // 5
+            set_bias(self.model, bias_at(self.trainer.global_step, self.convert.start, steps))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Total loss = cross-entropy + β · mean of L_b over the layers. All but `loss` is for the monitor."""
+        """Total loss = cross-entropy + β · mean of L_b over the layers. All but `loss` is for the monitor.
+
+        With a teacher, its part takes the place of `distill.weight` of the cross-entropy.
+        """
         hidden_BSD, routings = self.model.hidden(batch["inputs"])
         cross_entropy = linear_cross_entropy(
             hidden_BSD.flatten(0, 1), self.model.head.weight, batch["targets"].flatten(), self.compile_loss
         )
         balance = mean_load_balance_loss(routings)
         loss = cross_entropy + self.moe.balance_weight * balance
+        figures = {}
+        if self.teacher is not None:
+            distillation = linear_distillation(
+                hidden_BSD.flatten(0, 1),
+                self.model.head.weight,
+                *self.teacher.hidden(batch["inputs"]),
+                self.distill.temperature,
+            )
+            loss = loss + self.distill.weight * (distillation - cross_entropy)
+            figures["distillation"] = distillation.detach()
         kept = [routing.kept.float().mean() for routing in routings if routing.kept is not None]
         return {
             # a loss that is not finite makes every gradient NaN, on every device: the step will be skipped
@@ -121,6 +165,7 @@ class LitMoE(L.LightningModule):
             "ffn_assignments": torch.stack([routing.computed().sum() for routing in routings]).sum(),
             "tokens_per_expert_LE": torch.stack([routing.tokens_per_expert() for routing in routings]),
             "dropped": 1 - torch.stack(kept).mean() if kept else balance.new_zeros(()),
+            **figures,
         }
 
     def on_validation_epoch_start(self) -> None:
@@ -210,10 +255,15 @@ class LitMoE(L.LightningModule):
             InputError: made with another model, tokenizer or text.
         """
         saved = checkpoint["moepp"]
-        for part, config in (("transformer", self.transformer), ("moe", self.moe)):
-            for key, value in asdict(config).items():
-                if saved[part][key] != value and key not in FREE_TO_CHANGE:
-                    raise InputError(f"model.{part}.{key}: is {value}, the checkpoint's is {saved[part][key]}")
+        # a checkpoint of before knows fewer fields
+        before = {
+            "transformer": asdict(TransformerConfig(**saved["transformer"])),
+            "moe": asdict(MoEConfig(**saved["moe"])),
+        }
+        now = {"transformer": asdict(self.transformer), "moe": asdict(self.moe)}
+        for key, old, new in differences(before, now):
+            if key.partition(".")[2] not in FREE_TO_CHANGE:
+                raise InputError(f"model.{key}: is {new}, the checkpoint's is {old}")
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         meta = data.files.meta
         if saved["tokenizer"] != data.files.tokenizer_json:
@@ -230,4 +280,4 @@ class LitMoE(L.LightningModule):
 
 
 # what a resumed run may set anew: none of it changes the shape or the meaning of a weight
-FREE_TO_CHANGE = {"balance_weight", "capacity_factor", "tau", "context_length", "init_std"}
+FREE_TO_CHANGE = {"balance_weight", "balance_groups", "capacity_factor", "tau", "context_length", "init_std"}

@@ -12,6 +12,8 @@ CLASSES = {  # what the options of a section are the fields or arguments of
     "model.transformer": ("moepp/model/config.py", "TransformerConfig"),
     "model.moe": ("moepp/model/config.py", "MoEConfig"),
     "model.optim": ("moepp/training/module.py", "OptimConfig"),
+    "model.convert": ("moepp/training/start.py", "ConvertConfig"),
+    "model.distill": ("moepp/training/start.py", "DistillConfig"),
     "data": ("moepp/text/data_module.py", "TokenDataModule"),
     "checkpoints": ("moepp/training/saving.py", "Checkpoints"),
 }
