@@ -16,7 +16,7 @@ from moepp.study.figures.parts_of_speech import PartsOfSpeech, fetch_lexicon, to
 from moepp.study.figures.read_text import read_text
 from moepp.study.figures.routing_stats import RoutingCounts
 from moepp.text.held_out import TextOptions, open_held_out
-from moepp.training.checkpoint import Loaded, load, newest_checkpoint
+from moepp.training.checkpoint import load, newest_checkpoint
 from moepp.training.lightning_cli import OneLineParser
 
 
@@ -52,9 +52,11 @@ def run(verb: str, arguments: list[str]) -> None:
     models = {str(ckpt): model}
     about = {"checkpoint": f"{ckpt}: {model.config.n_layers} layers, {experts(model)}"}
     if options.versus:
-        other = load_other(options.versus, loaded)
-        models[options.versus] = other
-        about["versus"] = f"{options.versus}: {experts(other)}"
+        other = load(options.versus)
+        if other.meta["tokenizer"] != loaded.meta["tokenizer"]:
+            raise InputError(f"versus: {options.versus} has another tokenizer, so its tokens are not the same")
+        models[options.versus] = other.model
+        about["versus"] = f"{options.versus}: {experts(other.model)}"
     seq_len = min(each.config.context_length for each in models.values())
     text = open_held_out(options.data, loaded.meta, loaded.tokenizer, seq_len)
     texts_V = token_texts(loaded.tokenizer, model.config.vocab_size)
@@ -72,8 +74,6 @@ def run(verb: str, arguments: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     drawn, missing = write_pictures(bootstrap, folder)
     missing |= untagged
-    if not options.versus:
-        missing["another checkpoint's routing scores"] = "name one, with or without gating residuals: --versus"
     found = findings(bootstrap)
     write_csv(pd.DataFrame([finding.row() for finding in found]), folder / "findings.csv")
     n_tokens, n_domains = counts.token_n.sum(), len(counts.domains)
@@ -82,14 +82,6 @@ def run(verb: str, arguments: list[str]) -> None:
     html = page(about=about, findings=found, pictures=drawn, missing=missing, bootstrap=bootstrap)
     (folder / "index.html").write_text(html, encoding="utf-8")
     summary(found, missing, folder)
-
-
-def load_other(path: str, loaded: Loaded) -> Transformer:
-    """The checkpoint to compare with; it must be able to read the same tokens."""
-    other = load(path)
-    if other.meta["tokenizer"] != loaded.meta["tokenizer"]:
-        raise InputError(f"versus: {path} has another tokenizer, so its tokens are not the same")
-    return other.model
 
 
 def summary(found: list[Finding], missing: dict[str, str], folder: Path) -> None:

@@ -1,7 +1,5 @@
 """Pictures of the paper's five findings, and of the pathway of tokens from layer to layer."""
 
-from itertools import pairwise
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -103,10 +101,11 @@ def pathway(measured: Bootstrap) -> Drawn:
         share_of_choices=flow_Lkk.ravel(),
         share_if_independent=(share_Lk[:-1, :, None] * share_Lk[1:, None]).ravel(),
     )
-    steps = "; ".join(
-        f"from layer {layer} to {layer + 1} {flow_kk[0, 0] / ffn:.0%} of FFN choices go to FFN experts again "
-        f"({next_ffn:.0%} if it were chance)"
-        for layer, (flow_kk, (ffn, next_ffn)) in enumerate(zip(flow_Lkk, pairwise(share_Lk[:, 0]), strict=True), 1)
+    again_L, chance_L = flow_Lkk[:, 0, 0] / share_Lk[:-1, 0], share_Lk[1:, 0]
+    sentence = (
+        "A token's choices in one layer go to its choices in the next in equal parts. Of FFN choices "
+        f"{min(again_L):.0%} to {max(again_L):.0%} go to FFN experts again ({min(chance_L):.0%} to "
+        f"{max(chance_L):.0%} if it were chance)."
     )
 
     figure, axes = plt.subplots(figsize=(min(18, 2 + 1.7 * L), 4))
@@ -131,13 +130,7 @@ def pathway(measured: Bootstrap) -> Drawn:
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.grid(visible=False)
     legend_of_kinds(figure, kinds)
-    return table, f"A token's choices in one layer go to its choices in the next in equal parts: {steps}.", figure
+    return table, sentence, figure
 
 
-PICTURES = [
-    finding1_correlation,
-    finding2_spread,
-    finding4_activations,
-    finding5_divergence,
-    pathway,
-]
+PICTURES = [finding1_correlation, finding2_spread, finding4_activations, finding5_divergence, pathway]

@@ -24,7 +24,7 @@ def load(measured: Bootstrap) -> Drawn:
     panels = ["all layers, mean", *(f"layer {layer}" for layer in counts.layers)]
     chosen_LDE = (sums.chosen_DLE / sums.n_D[:, None, None]).swapaxes(0, 1)
     chosen_PDE = np.concatenate([chosen_LDE.mean(0, keepdims=True), chosen_LDE])
-    ffn_PD = measured.estimate(Sums.ffn_by_layer).map(lambda ffn_DL: np.roll(ffn_DL, 1, axis=-1).T)
+    ffn_PD = measured.estimate(Sums.ffn_by_panel).map(np.transpose)
     table = combinations(layers=panels, domain=domains, expert=range(len(kind_E))).assign(
         tokens=np.tile(sums.n_D.astype(int).repeat(len(kind_E)), len(panels)),
         kind=kind_E * (len(panels) * len(domains)),
@@ -37,9 +37,6 @@ def load(measured: Bootstrap) -> Drawn:
         f"{domains[ffn_D.argmin()]} and {ffn_D.max():.2f} in {domains[ffn_D.argmax()]}; layers "
         f"range from {ffn_L.min():.2f} to {ffn_L.max():.2f}."
     )
-    if len(counts.kinds) == 1:
-        busiest = (chosen_LDE.max(-1) / chosen_LDE.mean(-1)).max()
-        sentence = f"The busiest FFN expert of a layer and domain has up to {busiest:.1f} times the mean load."
 
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
@@ -92,8 +89,6 @@ def tokens(measured: Bootstrap) -> Drawn:
         names = [label[:11] + "…" * (len(label) > 11) for label in labels[where]]
         ffn_by_name(axes, names, ffn[where])
         plt.setp(axes.get_yticklabels(), family="monospace", parse_math=False)
-        for row, count in enumerate(n[where]):
-            axes.text(1.02, row, f"×{count:,}", va="center", fontsize=8, transform=axes.get_yaxis_transform())
         axes.set_xlim(every.get_ylim())
         axes.set_title(title, fontsize=10)
     return table, sentence, figure

@@ -148,9 +148,9 @@ class Sums:
         """FFN experts per token."""
         return self.chosen_DLE[..., self.kinds["ffn"]].sum(-1) / self.n_D[..., None]
 
-    def ffn_by_layer(self) -> np.ndarray:
-        """(D, L + 1) FFN experts per token, the mean over layers last."""
-        return np.concatenate([self.ffn_DL, self.ffn_DL.mean(-1, keepdims=True)], -1)
+    def ffn_by_panel(self) -> np.ndarray:
+        """(D, 1 + L) FFN experts per token, the mean over layers first."""
+        return np.concatenate([self.ffn_DL.mean(-1, keepdims=True), self.ffn_DL], -1)
 
     def ffn_by_class(self) -> np.ndarray:
         """(C,) FFN experts per token, mean over layers and all domains; NaN for a class that does not occur."""
