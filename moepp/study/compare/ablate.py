@@ -6,15 +6,12 @@ again.
 
 import argparse
 import fcntl
-import json
-import os
 import shlex
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -61,16 +58,11 @@ def run(verb: str, arguments: list[str]) -> None:
     contents = read_matrix(options.matrix)
     if options.quick and "quick" not in contents:
         raise InputError(f"quick: {options.matrix} has no quick version")
-    if options.quick and options.base:
-        raise InputError("base: --quick has a base of its own, so leave out one of the two")
     given = {name: value for name, value in vars(options).items() if value is not None}
     settings = {"seeds": 3, "jobs": 1} | contents | (contents["quick"] if options.quick else {}) | given
     for name in ("seeds", "jobs"):
-        value = settings[name]
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"{name}: must be at least 1, got {value}")
-        if value > MOST:
-            raise InputError(f"{name}: must be at most {MOST}, got {value}")
+        if not isinstance(settings[name], int) or not 1 <= settings[name] <= MOST:
+            raise InputError(f"{name}: must be from 1 to {MOST}, got {settings[name]}")
     base = options.base or options.matrix.parent / str(settings.get("base"))
     out = options.out or Path("runs") / (options.matrix.stem + ("-quick" if options.quick else ""))
     matrix = resolve(options.matrix, contents, base, overrides)
@@ -122,31 +114,18 @@ def locked(out: Path) -> Iterator[IO[str]]:
         InputError: somebody else holds it.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("a+") as lock:
+    with (out / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip()
-            raise InputError(f"out: {out} is in use by {holder}, or by a run that it started") from None
-        lock.truncate(0)
-        now = datetime.now().astimezone().isoformat(" ", "seconds")
-        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {now}")
-        lock.flush()
+            raise InputError(f"out: {out} is in use by another study, or by a run that one started") from None
         yield lock
 
 
 def dry_run(matrix: Matrix, runs: list[Run]) -> None:
     """Print every variant with its runs and what these would cost."""
-    finished = [run for run in runs if run.finished]
-    if finished:
-        seconds = sum(json.loads((run.folder / "result.json").read_text())["seconds"] for run in finished)
-        per_flop = seconds / sum(run.variant.training_flops() for run in finished)
-        how = f"from the {len(finished)} runs that are finished"
-    else:
-        reference = matrix.reference
-        per_flop = step_seconds(reference) * reference.steps / reference.training_flops()
-        how = f"from a measured step of {reference.name}; starting and validating come on top"
+    reference = matrix.reference
+    per_flop = step_seconds(reference) * reference.steps / reference.training_flops()
     table = Table("variant", title=f"{len(runs)} runs of {matrix.path}", box=SIMPLE)
     for title in ("to run", "finished", "parameters", "active/token", "tokens", "FLOPs/run", "time/run"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -162,4 +141,5 @@ def dry_run(matrix: Matrix, runs: list[Run]) -> None:
     console.print(table)
     flops_left = sum(run.variant.training_flops() for run in runs if not run.finished)
     total = timedelta(seconds=round(flops_left * per_flop))
+    how = f"from a measured step of {reference.name}; starting and validating come on top"
     console.print(f"in all {flops_left:.3g} FLOPs, about {total} one after another, {how}", highlight=False)

@@ -21,20 +21,18 @@ def curves(results: Results) -> plt.Figure | None:
     if not by_variant:
         return None
     figure, (by_tokens, by_flops) = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
-    late = []  # losses after the steep beginning, which would flatten all that follows
+    late = []  # losses where a third is done: the steep beginning would flatten all that follows
     for colour, (name, curve) in zip(cycle(COLOURS), by_variant.items(), strict=False):
         by_step = curve.groupby("step")
         mean, deviation = by_step.mean(), by_step["loss"].std()
-        late.append(curve.loss[curve.index >= mean.index[min(len(mean) // 3, len(mean) - 2)]])
+        late.append(mean.loss.iloc[len(mean) // 3])
         for axes, x in ((by_tokens, mean.tokens), (by_flops, mean.flops)):
             axes.plot(x, mean.loss, color=colour, label=name, linewidth=1.8)
             axes.fill_between(
                 x, mean.loss - deviation, mean.loss + deviation, color=colour, alpha=0.2, linewidth=0
             )
-    low, high = pd.concat(late).agg(["min", "max"])
-    margin = 0.05 * (high - low) + 1e-3
     by_tokens.set(xlabel="training tokens", ylabel="validation loss (nats per token)")
-    by_tokens.set_ylim(low - margin, high + margin)
+    by_tokens.set_ylim(top=max(late))
     by_flops.set_xlabel("training FLOPs (measured FFN share)")
     for axes in (by_tokens, by_flops):
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -50,11 +48,7 @@ def differences(results: Results) -> plt.Figure | None:
         return None
     figure, axes = plt.subplots(figsize=(8, 1.4 + 0.36 * len(compared)))
     for y, (_, row) in enumerate(compared.iterrows()):
-        mean, low, high = loss_difference(axes, y, row, horizontal=True)
-        label = f"{mean:+.4f}" + (f"  [{low:+.4f}, {high:+.4f}]" if low <= high else "")
-        axes.annotate(
-            label, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=8.5, family="monospace"
-        )
+        loss_difference(axes, y, row, horizontal=True)
     axes.axvline(0, color=BLACK, linewidth=1)
     axes.set_yticks(range(len(compared)), list(compared.index))
     axes.set_ylim(len(compared) - 0.5, -0.5)
@@ -75,20 +69,18 @@ def constants(results: Results) -> plt.Figure | None:
         loss_difference(axes, n_const, row)
     reference = results.matrix.reference.name
     axes.axhline(0, color=BLACK, linewidth=1, linestyle="--")
-    axes.annotate(reference, (1, 0), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9)
     axes.set_xticks(points.index)
     axes.set_xlabel(f"constant experts\n{LEGEND}")
     axes.set_ylabel(f"validation loss minus {reference}'s\n(nats per token; lower is better)")
     return figure
 
 
-def loss_difference(axes: Axes, at: Any, row: pd.Series, horizontal: bool = False) -> tuple[float, float, float]:
-    """A variant's, with its interval. Returns (mean, low, high)."""
+def loss_difference(axes: Axes, at: Any, row: pd.Series, horizontal: bool = False) -> None:
+    """A variant's, with its interval."""
     mean, low, high, _, verdict = (row[f"loss_difference{part}"] for part in PAIRED)
     colour = {"better": BLUE, "worse": ORANGE}.get(verdict, GREY)
     style: dict[str, Any] = {"fmt": "o", "color": colour, "capsize": 3, "markersize": 5, "linewidth": 1.6}
     interval_bars(axes, at, mean, low, high, horizontal, **style)
-    return mean, low, high
 
 
 def tau(results: Results) -> plt.Figure | None:

@@ -8,9 +8,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 
 from moepp.study.compare import plots, speed
 from moepp.study.compare.matrix import Matrix, Run
@@ -18,24 +17,23 @@ from moepp.study.compare.results import PAIRED, REFERENCE, Results, read_results
 from moepp.study.style import STYLE, save
 from moepp.training.metrics import BITS, FINAL
 
-NOT_IN_CSV = r"_verdict$|^equal_flops(_reference)?_loss$|^(speed_rounds|tau|n_const)$"
 PLOTS = (plots.differences, plots.curves, plots.constants, plots.tau)
 Row = dict[str, Any]  # of `Results.variants`
 
 
 def write(matrix: Matrix, runs: list[Run], out: Path, command: str) -> int:
-    """Write `out`/report, print its main table, and return how many runs have failed."""
+    """Write `out`/report, print what it says on quality, and return how many runs have failed."""
     folder = out / "report"
     folder.mkdir(exist_ok=True)
-    results = read_results(matrix, runs, speed.measure(matrix, runs, out / "timing.json"))
+    results = read_results(matrix, runs, speed.measure(matrix, runs))
     failed = [run for run in runs if run.failure]
-    by_variant = results.variants.drop(columns=results.variants.filter(regex=NOT_IN_CSV).columns)
-    by_run = results.runs.filter(regex=f"^(training_flops$|{FINAL})")
-    for name, frame in (("results.csv", by_variant), ("runs.csv", by_run)):
-        frame.to_csv(folder / name, lineterminator="\r\n")
-    pictures = draw(results, folder)
-    (folder / "report.md").write_text(markdown(results, runs, failed, pictures, command))
-    print_table(results, failed, folder)
+    results.variants.to_csv(folder / "results.csv", lineterminator="\r\n")
+    results.runs.filter(regex=f"^(training_flops$|{FINAL})").to_csv(folder / "runs.csv", lineterminator="\r\n")
+    text = markdown(results, runs, failed, draw(results, folder), command)
+    (folder / "report.md").write_text(text)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(Markdown(text.partition("\n## Cost")[0]))
+    print(folder / "report.md")
     return len(failed)
 
 
@@ -58,12 +56,12 @@ def markdown(results: Results, runs: list[Run], failed: list[Run], pictures: lis
 
     folder = FileSystemLoader(Path(__file__).parent)
     templates = Environment(loader=folder, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    rows = results.rows
+    rows = results.variants.reset_index().to_dict("records")
     text = templates.get_template("report.md.jinja").render(
         matrix=results.matrix,
         reference=results.matrix.reference.name,
         rows=rows,
-        domains=[name.partition("/")[2] for name in results.variants.filter(like=f"{BITS}_mean/")],
+        domains=[name.removeprefix(f"{FINAL}{BITS}/") for name in results.runs.filter(like=f"{FINAL}{BITS}/")],
         n_seeds=len({run.seed for run in runs}),
         n_intervals=sum(not math.isnan(row["loss_difference_low"]) for row in rows),
         failed=failed,
@@ -78,8 +76,8 @@ def markdown(results: Results, runs: list[Run], failed: list[Run], pictures: lis
     return re.sub(r"\n{3,}", "\n\n", text.strip()) + "\n"  # what is left out leaves empty lines
 
 
-def mean_sd(row: Row, metric: str, domain: str = "") -> str:
-    mean, deviation = row[f"{metric}_mean{domain}"], row[f"{metric}_sd{domain}"]
+def mean_sd(row: Row, metric: str) -> str:
+    mean, deviation = row[f"{metric}_mean"], row[f"{metric}_sd"]
     return f"{mean:.4f}" + ("" if math.isnan(deviation) else f" ± {deviation:.4f}")
 
 
@@ -103,23 +101,3 @@ def paper(row: Row, quantity: str, unit: str = "") -> str:
     prefix = f"paper_{quantity}/"
     figures = {name: value for name, value in row.items() if name.startswith(prefix) and not math.isnan(value)}
     return ", ".join(f"{name.removeprefix(prefix)}: {value:g}{unit}" for name, value in figures.items())
-
-
-def print_table(results: Results, failed: list[Run], folder: Path) -> None:
-    matrix = results.matrix
-    title = f"{matrix.path.stem}: final validation loss in nats per token, over seeds"
-    shown = Table("variant", title=title, box=SIMPLE)
-    for title in ("loss", f"− {matrix.reference.name}", "95 % interval", "p", "", "FFN/token", "expert speed"):
-        shown.add_column(title, justify="right", no_wrap=True)
-    rows = {row["variant"]: row for row in results.rows}
-    for variant in matrix.variants:
-        if (row := rows.get(variant.name)) is None:
-            shown.add_row(variant.name, "no run finished")
-            continue
-        expert_speed = speed_up(row, "expert_forward")[0] if row["speed_rounds"] else "–"
-        ffn_per_token = f"{row['ffn_experts_per_token']:.2f}"
-        shown.add_row(variant.name, mean_sd(row, "loss"), *difference(row, "loss"), ffn_per_token, expert_speed)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(shown)
-    for line in (*(f"{run.name} failed: {run.failure}" for run in failed), str(folder / "report.md")):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)

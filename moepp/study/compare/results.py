@@ -4,15 +4,17 @@ The report, its CSVs and its plots show these numbers and compute none.
 """
 
 import json
+import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from moepp.model import InputError, TransformerConfig, count_parameters
 from moepp.study.compare.matrix import Matrix, Run, Variant
-from moepp.study.compare.stats import paired
 from moepp.training.metrics import BITS, FFN, FFN_PER_TOKEN, FINAL, LOSS, STEP, TOKENS, VAL
 
 PAIRED = ("", "_low", "_high", "_p", "_verdict")  # of a difference's columns, what stands after `_difference`
@@ -36,11 +38,6 @@ class Results:
     curves: dict[str, Curves]
     runs: pd.DataFrame
     variants: pd.DataFrame
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """Of `variants`, with the name as column `variant`."""
-        return self.variants.reset_index().to_dict("records")
 
     def shown_in(self, plot: str) -> pd.DataFrame:
         """The variants that belong in a plot."""
@@ -113,10 +110,7 @@ def compare(
         "ffn_flops_per_token": ffn_flops(variant.transformer, ffn),
         "training_tokens": variant.tokens,
         "training_flops": ours["training_flops"].mean(),
-        **mean_sd(ours, LOSS),
-        **mean_sd(ours, BITS),
         **difference(LOSS, ours[FINAL + LOSS], theirs[FINAL + LOSS]),
-        **difference(BITS, ours[FINAL + BITS], theirs[FINAL + BITS]),
         **equal.mean(),
         **difference("equal_flops_loss", equal["equal_flops_loss"], equal["equal_flops_reference_loss"]),
         "speedup_ideal": ideal_flops / ffn_flops(variant.transformer, ffn_expected),
@@ -125,12 +119,13 @@ def compare(
         "tau": variant.moe.tau,
         "n_const": variant.moe.n_const,
     }
-    for name in ours.filter(like=f"{FINAL}{BITS}/"):
-        row |= mean_sd(ours, BITS, name.removeprefix(FINAL + BITS))
-    for quantity, values in variant.paper.items():
-        row |= {f"paper_{quantity}/{size}": value for size, value in values.items()}
+    for name, values in ours.filter(regex=f"^{FINAL}({LOSS}|{BITS})").items():
+        metric = str(name).removeprefix(FINAL)
+        row |= {f"{metric}_mean": values.mean(), f"{metric}_sd": values.std()}  # s.d. of a sample: NaN below two
+    for quantity, figures in variant.paper.items():
+        row |= {f"paper_{quantity}/{size}": figure for size, figure in figures.items()}
     if variant is reference:
-        row["loss_difference_verdict"] = REFERENCE
+        row["loss_difference_verdict"] = row["equal_flops_loss_difference_verdict"] = REFERENCE
     return row
 
 
@@ -154,11 +149,21 @@ def ffn_flops(transformer: TransformerConfig, ffn_per_token: float) -> float:
     return transformer.n_layers * ffn_per_token * 6 * transformer.hidden_size * transformer.intermediate_size
 
 
-def mean_sd(runs: pd.DataFrame, metric: str, domain: str = "") -> dict[str, float]:
-    """Over seeds; the sample standard deviation is NaN below two."""
-    values = runs[FINAL + metric + domain]
-    return {f"{metric}_mean{domain}": values.mean(), f"{metric}_sd{domain}": values.std()}
-
-
 def difference(name: str, ours: pd.Series, theirs: pd.Series) -> dict[str, Any]:
-    return dict(zip((f"{name}_difference{part}" for part in PAIRED), paired(ours, theirs), strict=True))
+    """Ours minus theirs, of something of which less is better, in the columns that PAIRED ends.
+
+    Paired by seed, the index of both: a seed gives both variants the same data in the same order and the same
+    initial weights; one that only one of them has is left out. The interval bounds the mean at 95 % confidence
+    (t-distribution), p is of the paired t-test, two-sided; they are NaN below two seeds. The verdict takes sides
+    only where the interval excludes zero.
+    """
+    ours, theirs = ours.align(theirs, join="inner")
+    low, high, p, verdict = math.nan, math.nan, math.nan, "no interval: needs 2 seeds or more"
+    if len(ours) > 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # scipy warns where all differences are the same
+            test = stats.ttest_rel(ours, theirs)
+            (low, high), p = test.confidence_interval(0.95), test.pvalue
+        verdict = "better" if high < 0 else "worse" if low > 0 else "no difference shown"
+    found = (ours - theirs).mean(), low, high, p, verdict
+    return dict(zip((f"{name}_difference{part}" for part in PAIRED), found, strict=True))

@@ -7,13 +7,11 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import IO, Any
 
 import torch
 import yaml
-from rich.console import Console
-from rich.progress import BarColumn, Progress
+from rich.progress import Progress
 
 from moepp.model import InputError
 from moepp.study.compare.matrix import Matrix, Run
@@ -84,11 +82,12 @@ def visible_gpus(matrix: Matrix) -> list[str]:
 
 def execute(runs: list[Run], workers: Workers) -> None:
     """Train them all. One that fails leaves failed.txt and does not keep the others back."""
-    if not runs:
-        return
     waiting = [(run, run.options) for run in runs]  # resolved now: a recipe may change in the meantime
     busy: dict[int, tuple[Run, subprocess.Popen]] = {}  # by slot
-    with Overview(runs) as overview:
+    steps = {run.name: steps_done(run) for run in runs}
+    n_ended = 0
+    with Progress(transient=True, speed_estimate_period=3600) as progress:  # a bar in a terminal alone
+        bar = progress.add_task("", total=sum(run.variant.steps for run in runs), completed=sum(steps.values()))
         try:
             while waiting or busy:
                 for slot in range(workers.jobs):
@@ -96,11 +95,15 @@ def execute(runs: list[Run], workers: Workers) -> None:
                         run, options = waiting.pop(0)
                         busy[slot] = run, workers.start(run, options, slot)
                 for slot, (run, process) in list(busy.items()):
+                    steps[run.name] = steps_done(run)
                     if process.poll() is not None:
                         del busy[slot]
                         keep_weights_alone(run) if run.finished else write_failure(run, process.returncode)
-                        overview.end(run)
-                overview.show([run for run, _ in busy.values()])
+                        steps[run.name], n_ended = run.variant.steps, n_ended + 1
+                        line = f"[{n_ended}/{len(runs)}] {run.name}: {run.failure or 'done'}"
+                        progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+                names = ", ".join(run.name for run, _ in busy.values())
+                progress.update(bar, description=names, completed=sum(steps.values()))
                 time.sleep(0.2)
         finally:
             for _, process in busy.values():
@@ -125,42 +128,6 @@ def write_failure(run: Run, exit_code: int) -> None:
     output = (run.folder / "output.log").read_text(errors="replace").strip()
     last_line = output.rpartition("\n")[2].strip() or "it printed nothing"
     (run.folder / "failed.txt").write_text(f"exit code {exit_code}: {last_line}\n")
-
-
-class Overview(Progress):
-    """One line for the whole study: a bar in a terminal, a printed line as each run ends elsewhere."""
-
-    def __init__(self, runs: list[Run]) -> None:
-        console = Console()
-        columns = ("{task.description}", BarColumn(), "{task.percentage:.0f} %", "{task.fields[left]}")
-        super().__init__(*columns, console=console, disable=not console.is_terminal)
-        self.flops_left = {run.name: flops_left(run) for run in runs}
-        self.flops, self.n_ended, self.begun = sum(self.flops_left.values()), 0, time.monotonic()
-        self.bar = self.add_task("", total=1.0, left="")
-
-    def show(self, running: list[Run]) -> None:
-        self.flops_left |= {run.name: flops_left(run) for run in running}
-        names = ", ".join(f"{run.name} {steps_done(run)}/{run.variant.steps}" for run in running)
-        description = f"{self.n_ended}/{len(self.flops_left)} runs │ {names}"
-        done, left = 1 - sum(self.flops_left.values()) / self.flops, ""
-        if done > 0:
-            seconds = (time.monotonic() - self.begun) * (1 / done - 1)
-            left = f"about {timedelta(seconds=round(seconds))} left"
-        self.update(self.bar, description=description, completed=done, left=left)
-
-    def end(self, run: Run) -> None:
-        """Print how the run ended."""
-        self.n_ended += 1
-        self.flops_left[run.name] = 0.0
-        self.show([])
-        how, left = f"failed: {run.failure}" if run.failure else "done", self.tasks[0].fields["left"]
-        line = f"[{self.n_ended}/{len(self.flops_left)}] {run.name} {how} │ {left}"
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def flops_left(run: Run) -> float:
-    """With 5 % of the training's for the last validation."""
-    return run.variant.training_flops() * (1.05 - steps_done(run) / run.variant.steps)
 
 
 def steps_done(run: Run) -> int:

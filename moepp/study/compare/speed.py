@@ -6,7 +6,6 @@ of a pair alternate, and what counts is the ratio within each round.
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -16,18 +15,14 @@ from torch import Tensor
 from moepp.model import MoELayer, Routing
 from moepp.study.compare.matrix import Matrix, Run, Variant
 from moepp.study.timing import TrainingStep, in_turn, quartiles
-from moepp.system.files import replacing, sha256_of_file
-from moepp.system.machine import default_precision, device_name, keep_freed_memory, product_dtype, provenance
+from moepp.system.machine import default_precision, keep_freed_memory, product_dtype
 from moepp.text.data_module import TokenDataModule
 from moepp.training.checkpoint import last_checkpoint, read_checkpoint
 from moepp.training.module import LitMoE
 
 
-def measure(matrix: Matrix, runs: list[Run], cache: Path) -> dict[str, dict[str, float]]:
-    """By variant: one of its trained models against the reference's; that against itself shows the noise.
-
-    Reads `cache` where it holds the same runs, timed by the same code on the same machine; else writes it.
-    """
+def measure(matrix: Matrix, runs: list[Run]) -> dict[str, dict[str, float]]:
+    """By variant: one of its trained models against the reference's; that against itself shows the noise."""
     trained: dict[str, Run] = {}
     for run in runs:
         # one is enough: to see that a checkpoint is whole, all of it is read
@@ -36,10 +31,6 @@ def measure(matrix: Matrix, runs: list[Run], cache: Path) -> dict[str, dict[str,
     if (reference := trained.get(matrix.reference.name)) is None:
         return {}
     device = best_device(matrix.reference)
-    hashes = {run.name: sha256_of_file(run.folder / "result.json") for run in trained.values()}
-    key = {"device": device_name(device), **provenance(), "runs": hashes}
-    if cache.is_file() and (saved := json.loads(cache.read_text()))["key"] == key:
-        return saved["speeds"]
     keep_freed_memory(device)  # as `moepp fit` does
     speeds = {}
     for name, run in trained.items():
@@ -47,17 +38,11 @@ def measure(matrix: Matrix, runs: list[Run], cache: Path) -> dict[str, dict[str,
             speeds[name] = compare(run, reference, device)
         except torch.OutOfMemoryError:
             print(f"speed of {name}: not measured, two models do not fit the memory", flush=True)
-    # the reference's own, in the comparison that was disturbed least
-    quietest = max((speed["speed_tokens_per_second"] for speed in speeds.values()), default=0.0)
-    for speed in speeds.values():
-        speed["speed_tokens_per_second"] = quietest * speed["speed_training"]
-    with replacing(cache) as file:
-        file.write(json.dumps({"key": key, "speeds": speeds}, indent=1).encode() + b"\n")
     return speeds
 
 
 def compare(run: Run, reference: Run, device: torch.device) -> dict[str, float]:
-    """Ratios of the reference's times to the run's; `speed_tokens_per_second` is still the reference's.
+    """The run's training speed, and ratios of the reference's times to its own.
 
     Expert forward is of FFN and zero-computation experts alone, given the routing.
     """
@@ -65,7 +50,7 @@ def compare(run: Run, reference: Run, device: torch.device) -> dict[str, float]:
     steps = in_turn([model.training_step for model in models], device)
     experts = in_turn([model.expert_forward() for model in models], device)
     return {
-        "speed_tokens_per_second": models[1].batch["inputs"].numel() / median(seconds for _, seconds in steps),
+        "speed_tokens_per_second": models[0].batch["inputs"].numel() / median(seconds for seconds, _ in steps),
         **ratio("speed_training", steps),
         **ratio("speed_expert_forward", experts),
         "speed_rounds": len(experts),

@@ -12,11 +12,11 @@ from rich.table import Table
 from moepp.model import InputError, Transformer
 from moepp.study.figures.findings import Bootstrap, Finding, findings
 from moepp.study.figures.page import page, write_csv, write_pictures
-from moepp.study.figures.parts_of_speech import PartsOfSpeech, open_tagger, token_texts
+from moepp.study.figures.parts_of_speech import PartsOfSpeech, fetch_lexicon, token_texts
 from moepp.study.figures.read_text import read_text
 from moepp.study.figures.routing_stats import RoutingCounts
 from moepp.text.held_out import TextOptions, open_held_out
-from moepp.training.checkpoint import Loaded, load, newest_checkpoint
+from moepp.training.checkpoint import load, newest_checkpoint
 from moepp.training.lightning_cli import OneLineParser
 
 
@@ -29,16 +29,12 @@ class Options:
         versus: another one, to compare routing scores with: the same model without gating residuals.
         data: the text.
         out: folder of the figures; by default `figures` in the checkpoint's run.
-        tagger: lexicon, or spacy:MODEL (after pip install spacy).
-        min_count: tokens that occur less often are left out of the figure by token.
     """
 
     ckpt: str | None = None
     versus: str | None = None
     data: TextOptions = TextOptions()
     out: str | None = None
-    tagger: str = "lexicon"
-    min_count: int = 20
 
 
 def run(verb: str, arguments: list[str]) -> None:
@@ -48,40 +44,36 @@ def run(verb: str, arguments: list[str]) -> None:
         InputError: no such checkpoint or text, or they do not fit together.
     """
     options = auto_cli(Options, args=arguments, parser_class=OneLineParser, prog=f"moepp {verb}")
-    if options.min_count < 2:
-        raise InputError(f"min_count: must be at least 2, for an interval, got {options.min_count}")
     ckpt = Path(options.ckpt or newest_checkpoint())
     loaded = load(ckpt)
     if loaded.tokenizer is None:
         raise InputError(f"{ckpt}: has no tokenizer; import it with one (moepp import --help)")
     model = loaded.model
-    models = {name(ckpt, model): model}
+    models = {str(ckpt): model}
     about = {"checkpoint": f"{ckpt}: {model.config.n_layers} layers, {experts(model)}"}
     if options.versus:
-        other = load_other(options.versus, loaded)
-        models[name(options.versus, other)] = other
-        if len(models) == 1:  # two of one run
-            models = {str(ckpt): model, f"versus {options.versus}": other}
-        about["versus"] = f"{options.versus}: {experts(other)}"
-    text = open_held_out(options.data, loaded.meta, loaded.tokenizer, model.config.context_length)
+        other = load(options.versus)
+        if other.meta["tokenizer"] != loaded.meta["tokenizer"]:
+            raise InputError(f"versus: {options.versus} has another tokenizer, so its tokens are not the same")
+        models[options.versus] = other.model
+        about["versus"] = f"{options.versus}: {experts(other.model)}"
+    seq_len = min(each.config.context_length for each in models.values())
+    text = open_held_out(options.data, loaded.meta, loaded.tokenizer, seq_len)
     texts_V = token_texts(loaded.tokenizer, model.config.vocab_size)
     parts_of_speech, untagged = None, {}
     try:
-        parts_of_speech = PartsOfSpeech(texts_V, open_tagger(options.tagger))
+        parts_of_speech = PartsOfSpeech(texts_V, fetch_lexicon())
     except InputError as error:
-        if options.tagger != "lexicon":
-            raise
-        untagged["parts of speech"] = str(error)  # there is no network
+        untagged["parts_of_speech"] = str(error)  # there is no network
 
-    counts = RoutingCounts(model.moe_config, model.config.n_layers, texts_V, options.min_count)
-    read_text(text, counts, models, parts_of_speech)
+    counts = RoutingCounts(model.moe_config, model.config.n_layers, texts_V)
+    read_text(text, seq_len, counts, models, parts_of_speech)
     bootstrap = Bootstrap(counts)
-    folder = Path(options.out) if options.out else run_folder(ckpt) / "figures"
+    run_folder = ckpt.parent.parent if ckpt.parent.name == "checkpoints" else ckpt.parent
+    folder = Path(options.out) if options.out else run_folder / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     drawn, missing = write_pictures(bootstrap, folder)
     missing |= untagged
-    if not options.versus:
-        missing["another checkpoint's routing scores"] = "name one, with or without gating residuals: --versus"
     found = findings(bootstrap)
     write_csv(pd.DataFrame([finding.row() for finding in found]), folder / "findings.csv")
     n_tokens, n_domains = counts.token_n.sum(), len(counts.domains)
@@ -90,20 +82,6 @@ def run(verb: str, arguments: list[str]) -> None:
     html = page(about=about, findings=found, pictures=drawn, missing=missing, bootstrap=bootstrap)
     (folder / "index.html").write_text(html, encoding="utf-8")
     summary(found, missing, folder)
-
-
-def load_other(path: str, loaded: Loaded) -> Transformer:
-    """The checkpoint to compare with; it must be able to read the same tokens."""
-    other = load(path)
-    if other.meta["tokenizer"] != loaded.meta["tokenizer"]:
-        raise InputError(f"versus: {path} has another tokenizer, so its tokens are not the same")
-    lengths = other.model.config.context_length, loaded.model.config.context_length
-    if lengths[0] < lengths[1]:
-        raise InputError(
-            f"versus: {path} reads {lengths[0]} tokens at a time, fewer than the checkpoint's {lengths[1]}: "
-            "swap the two"
-        )
-    return other.model
 
 
 def summary(found: list[Finding], missing: dict[str, str], folder: Path) -> None:
@@ -120,18 +98,5 @@ def summary(found: list[Finding], missing: dict[str, str], folder: Path) -> None
 def experts(model: Transformer) -> str:
     moe = model.moe_config
     kinds = [f"{where.stop - where.start} {kind}" for kind, where in moe.kinds.items() if where.stop > where.start]
-    return f"top {moe.top_k} of {', '.join(kinds)} experts, {residuals(model)}"
-
-
-def residuals(model: Transformer) -> str:
-    return f"{'with' if model.moe_config.gating_residual else 'without'} gating residuals"
-
-
-def name(ckpt: str | Path, model: Transformer) -> str:
-    """The last two folders of the run that a checkpoint belongs to, and what sets the model apart."""
-    return f"{'/'.join(run_folder(ckpt).parts[-2:])}, {residuals(model)}"
-
-
-def run_folder(ckpt: str | Path) -> Path:
-    folder = Path(ckpt).absolute().parent
-    return folder.parent if folder.name == "checkpoints" else folder
+    residuals = "with" if moe.gating_residual else "without"
+    return f"top {moe.top_k} of {', '.join(kinds)} experts, {residuals} gating residuals"

@@ -1,19 +1,17 @@
 """Pictures of the paper's five findings, and of the pathway of tokens from layer to layer."""
 
-from itertools import pairwise
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from moepp.study.figures.findings import Bootstrap, Estimate, combinations
-from moepp.study.figures.picture import KIND_NAMES, Drawn, ffn_by_name, legend_of_kinds, picture, whiskers
+from moepp.study.figures.picture import KIND_NAMES, Drawn, legend_of_kinds, picture, whiskers
 from moepp.study.figures.routing_stats import Sums, by_kind
 from moepp.study.style import BLACK, GREY, KIND_COLOURS
 
 
-@picture("finding 1", "Finding 1: FFN load of pairs of layers", "kinds", "layers")
+@picture("Finding 1: FFN load of pairs of layers", "kinds", "layers")
 def finding1_correlation(measured: Bootstrap) -> Drawn:
     estimate_LL, layers = measured.estimate(Sums.correlation), measured.counts.layers
     table = estimate_LL.table("correlation", layer=layers, other_layer=layers)
@@ -36,7 +34,7 @@ def finding1_correlation(measured: Bootstrap) -> Drawn:
     return table, sentence, figure
 
 
-@picture("finding 2", "Finding 2: variation of FFN load across domains, layer by layer", "kinds", "domains")
+@picture("Finding 2: variation of FFN load across domains, layer by layer", "kinds", "domains")
 def finding2_spread(measured: Bootstrap) -> Drawn:
     variance_L, layers = measured.above_chance(Sums.spread_by_layer), measured.counts.layers
     sd_L = variance_L.map(lambda variance_L: np.sqrt(np.maximum(variance_L, 0)))
@@ -49,38 +47,24 @@ def finding2_spread(measured: Bootstrap) -> Drawn:
     return table, sentence, between_domains(sd_L, "s.d. between domains of\nFFN experts per token")
 
 
-@picture("finding 3", "Finding 3: FFN experts per token, by domain", "kinds")
-def finding3_ffn_by_domain(measured: Bootstrap) -> Drawn:
-    domains = measured.counts.domains
-    ffn_D = measured.estimate(lambda sums: sums.ffn_by_layer()[..., -1])
-    table = ffn_D.table("ffn_per_token", domain=domains)
-    table.insert(1, "tokens", measured.sums.n_D.astype(int))
-    each = ", ".join(f"{domains[d]} {ffn_D.value[d]:.3f}" for d in np.argsort(-ffn_D.value))
-    figure, axes = plt.subplots(figsize=(5.4, 0.9 + 0.32 * len(domains)))
-    ffn_by_name(axes, domains, ffn_D, ", mean over layers and 95 %")
-    return table, f"FFN experts per token, mean over layers: {each}.", figure
-
-
-@picture("finding 4", "Finding 4: how often one expert of a kind is chosen", "kinds")
+@picture("Finding 4: how often one expert of a kind is chosen", "kinds")
 def finding4_activations(measured: Bootstrap) -> Drawn:
     domains, kinds = measured.counts.domains, list(measured.counts.kinds)
     share_Dk = measured.estimate(Sums.activations)
     table = share_Dk.table("share_of_tokens_per_expert", domain=domains, kind=kinds)
     means = zip(kinds, share_Dk.value.mean(0), strict=True)
     each = ", ".join(f"{KIND_NAMES[kind]} {mean:.3f}" for kind, mean in means)
-    figure, axes = plt.subplots(figsize=(1.6 + 0.95 * len(domains), 3.2))
     shares = pd.DataFrame(share_Dk.value, domains, kinds)
-    shares.plot.bar(ax=axes, color=KIND_COLOURS, width=0.8, rot=0, legend=False)
-    for k, bars in enumerate(list(axes.containers)):
-        whiskers(axes, [bar.get_center()[0] for bar in bars], share_Dk[:, k], fmt="none")
-    axes.autoscale(axis="x")
+    error_k2D = np.maximum(0, [share_Dk.value - share_Dk.low, share_Dk.high - share_Dk.value]).T.swapaxes(1, 2)
+    figure, axes = plt.subplots(figsize=(3 + 0.8 * len(domains), 3.2))
+    shares.plot.bar(ax=axes, yerr=error_k2D, color=KIND_COLOURS, width=0.8, rot=0, capsize=2.5, legend=False)
     axes.set_ylabel("share of tokens that choose\none expert of the kind")
     axes.grid(axis="x", visible=False)
     legend_of_kinds(figure, kinds)
     return table, f"Share of tokens that choose one expert of the kind, mean over domains: {each}.", figure
 
 
-@picture("finding 5", "Finding 5: distance between the domains' expert distributions", "domains")
+@picture("Finding 5: distance between the domains' expert distributions", "domains")
 def finding5_divergence(measured: Bootstrap) -> Drawn:
     bits_L = measured.above_chance(Sums.divergence_by_layer)
     shuffled_L = measured.chance(Sums.divergence_by_layer)
@@ -105,7 +89,7 @@ def between_domains(difference_L: Estimate, label: str, shuffled_L: np.ndarray |
     return figure
 
 
-@picture("pathway", "Pathway: the flow between expert kinds, from layer to layer", "kinds", "layers")
+@picture("Pathway: the flow between expert kinds, from layer to layer", "kinds", "layers")
 def pathway(measured: Bootstrap) -> Drawn:
     """How choices flow from the kinds of one layer to those of the next; heights are shares of all choices."""
     sums, counts = measured.sums, measured.counts
@@ -117,10 +101,11 @@ def pathway(measured: Bootstrap) -> Drawn:
         share_of_choices=flow_Lkk.ravel(),
         share_if_independent=(share_Lk[:-1, :, None] * share_Lk[1:, None]).ravel(),
     )
-    steps = "; ".join(
-        f"from layer {layer} to {layer + 1} {flow_kk[0, 0] / ffn:.0%} of FFN choices go to FFN experts again "
-        f"({next_ffn:.0%} if it were chance)"
-        for layer, (flow_kk, (ffn, next_ffn)) in enumerate(zip(flow_Lkk, pairwise(share_Lk[:, 0]), strict=True), 1)
+    again_L, chance_L = flow_Lkk[:, 0, 0] / share_Lk[:-1, 0], share_Lk[1:, 0]
+    sentence = (
+        "A token's choices in one layer go to its choices in the next in equal parts. Of FFN choices "
+        f"{min(again_L):.0%} to {max(again_L):.0%} go to FFN experts again ({min(chance_L):.0%} to "
+        f"{max(chance_L):.0%} if it were chance)."
     )
 
     figure, axes = plt.subplots(figsize=(min(18, 2 + 1.7 * L), 4))
@@ -145,14 +130,7 @@ def pathway(measured: Bootstrap) -> Drawn:
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.grid(visible=False)
     legend_of_kinds(figure, kinds)
-    return table, f"A token's choices in one layer go to its choices in the next in equal parts: {steps}.", figure
+    return table, sentence, figure
 
 
-PICTURES = [
-    finding1_correlation,
-    finding2_spread,
-    finding3_ffn_by_domain,
-    finding4_activations,
-    finding5_divergence,
-    pathway,
-]
+PICTURES = [finding1_correlation, finding2_spread, finding4_activations, finding5_divergence, pathway]

@@ -1,6 +1,5 @@
 """What is written: PNGs, CSVs, and index.html: one file with everything in it, which needs nothing else."""
 
-import io
 from base64 import b64encode
 from pathlib import Path
 from typing import Any
@@ -8,41 +7,31 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.figure import Figure
-from PIL import Image
 
 from moepp.study.figures import finding_figures, paper_figures
 from moepp.study.figures.findings import FEWEST_PASSAGES, RESAMPLES, Bootstrap
 from moepp.study.figures.picture import Picture, lacking
-from moepp.study.style import STYLE
+from moepp.study.style import STYLE, save
 
 
 def write_pictures(bootstrap: Bootstrap, folder: Path) -> tuple[list[tuple[Picture, str, Path]], dict[str, str]]:
     """A PNG and a CSV of each picture.
 
     Returns:
-        pictures with their sentences and PNGs; and the names of those not drawn, and why.
+        pictures with their sentences and PNGs; and those not drawn, by the name of their files, and why.
     """
     drawn, missing, lacks = [], {}, lacking(bootstrap)
     with plt.rc_context(STYLE):
         for picture in [*paper_figures.PICTURES, *finding_figures.PICTURES]:
             if reasons := [lacks[need] for need in picture.needs if need in lacks]:
-                missing[picture.name] = reasons[0]
+                missing[picture.draw.__name__] = reasons[0]
                 continue
             table, sentence, figure = picture.draw(bootstrap)
             png = folder / f"{picture.draw.__name__}.png"
             write_csv(table, png.with_suffix(".csv"))
-            save_small(figure, png)
+            save(figure, png)
             drawn.append((picture, sentence, png))
     return drawn, missing
-
-
-def save_small(figure: Figure, path: Path) -> None:
-    """A PNG of 64 colours: a third of the bytes, and no difference to see."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=110)
-    plt.close(figure)
-    Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:

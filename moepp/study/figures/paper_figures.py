@@ -1,26 +1,22 @@
 """The paper's figures 4 to 6: expert load by domain, FFN experts by token and part of speech, routing scores."""
 
-from typing import Any
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.patches import Rectangle
 
 from moepp.study.figures.findings import Bootstrap, Estimate, combinations
 from moepp.study.figures.parts_of_speech import CLASSES
 from moepp.study.figures.picture import PER_TOKEN, Drawn, ffn_by_name, legend_of_kinds, picture, whiskers
-from moepp.study.figures.routing_stats import SCORE_BINS, Sums
+from moepp.study.figures.routing_stats import MIN_COUNT, Sums, moments
 from moepp.study.style import BLACK, KIND_COLOURS, PINK
 
 FFN_COLOUR = KIND_COLOURS["ffn"]
-FFN_SHADES = LinearSegmentedColormap.from_list("ffn", ["#FFFFFF", FFN_COLOUR])
 NAMED = 15  # tokens from either end of the order
 RANKS = ("highest", "second-highest")
+DRAWN_BINS = 100
 
 
-@picture("expert load by domain", "Expert load by domain (the paper's figure 4)")
+@picture("Expert load by domain (the paper's figure 4)")
 def load(measured: Bootstrap) -> Drawn:
     """A panel for each layer, their mean first: experts per token as a stack, one segment an expert."""
     counts, sums, domains = measured.counts, measured.sums, measured.counts.domains
@@ -28,8 +24,9 @@ def load(measured: Bootstrap) -> Drawn:
     panels = ["all layers, mean", *(f"layer {layer}" for layer in counts.layers)]
     chosen_LDE = (sums.chosen_DLE / sums.n_D[:, None, None]).swapaxes(0, 1)
     chosen_PDE = np.concatenate([chosen_LDE.mean(0, keepdims=True), chosen_LDE])
-    ffn_PD = measured.estimate(Sums.ffn_by_layer).map(lambda ffn_DL: np.roll(ffn_DL, 1, axis=-1).T)
+    ffn_PD = measured.estimate(Sums.ffn_by_panel).map(np.transpose)
     table = combinations(layers=panels, domain=domains, expert=range(len(kind_E))).assign(
+        tokens=np.tile(sums.n_D.astype(int).repeat(len(kind_E)), len(panels)),
         kind=kind_E * (len(panels) * len(domains)),
         experts_per_token=chosen_PDE.ravel(),
         **ffn_PD.map(lambda ffn_PD: ffn_PD.repeat(len(kind_E))).columns("ffn_per_token"),
@@ -40,9 +37,6 @@ def load(measured: Bootstrap) -> Drawn:
         f"{domains[ffn_D.argmin()]} and {ffn_D.max():.2f} in {domains[ffn_D.argmax()]}; layers "
         f"range from {ffn_L.min():.2f} to {ffn_L.max():.2f}."
     )
-    if len(counts.kinds) == 1:
-        busiest = (chosen_LDE.max(-1) / chosen_LDE.mean(-1)).max()
-        sentence = f"The busiest FFN expert of a layer and domain has up to {busiest:.1f} times the mean load."
 
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
@@ -66,7 +60,7 @@ def load(measured: Bootstrap) -> Drawn:
     return table, sentence, figure
 
 
-@picture("FFN experts by token", "FFN experts per token, by token (figure 5)", "kinds", "tokens")
+@picture("FFN experts per token, by token (figure 5)", "kinds", "tokens")
 def tokens(measured: Bootstrap) -> Drawn:
     """All tokens in the order of their mean, largest first, and the first and last by name."""
     counts = measured.counts
@@ -81,7 +75,7 @@ def tokens(measured: Bootstrap) -> Drawn:
     rank = np.arange(1, len(ids) + 1)
     table = pd.DataFrame({"rank": rank, "token": labels, "id": ids, "count": n, **ffn.columns("ffn_per_token")})
     sentence = (
-        f"Of {len(ids):,} tokens that occur {counts.min_count} times or more, “{labels[0]}” takes most FFN "
+        f"Of {len(ids):,} tokens that occur {MIN_COUNT} times or more, “{labels[0]}” takes most FFN "
         f"experts ({ffn.value[0]:.2f}) and “{labels[-1]}” least ({ffn.value[-1]:.2f}); half lie between "
         f"{np.quantile(ffn.value, 0.25):.2f} and {np.quantile(ffn.value, 0.75):.2f}. · is a space, ↵ a line end."
     )
@@ -95,14 +89,12 @@ def tokens(measured: Bootstrap) -> Drawn:
         names = [label[:11] + "…" * (len(label) > 11) for label in labels[where]]
         ffn_by_name(axes, names, ffn[where])
         plt.setp(axes.get_yticklabels(), family="monospace", parse_math=False)
-        for row, count in enumerate(n[where]):
-            axes.text(1.02, row, f"×{count:,}", va="center", fontsize=8, transform=axes.get_yaxis_transform())
         axes.set_xlim(every.get_ylim())
         axes.set_title(title, fontsize=10)
     return table, sentence, figure
 
 
-@picture("parts of speech", "FFN experts per token, by part of speech (figure 5)", "kinds", "words")
+@picture("FFN experts per token, by part of speech (figure 5)", "kinds", "words")
 def parts_of_speech(measured: Bootstrap) -> Drawn:
     count_C = measured.sums.class_n_DC.sum(0).astype(int)
     found = np.flatnonzero(count_C)
@@ -122,74 +114,35 @@ def parts_of_speech(measured: Bootstrap) -> Drawn:
     return table, sentence, figure
 
 
-@picture("a passage of text", "A passage, shaded by FFN experts", "kinds")
-def passage(measured: Bootstrap) -> Drawn:
-    """The text with each token shaded by its FFN count, the mean over layers."""
-    counts, (ids, ffn_SL) = measured.counts, measured.counts.passage
-    texts, ffn_S, top_k = [counts.texts_V[i] for i in ids], ffn_SL.mean(1), counts.moe.top_k
-    table = pd.DataFrame(ffn_SL, columns=[f"layer_{layer}" for layer in counts.layers])
-    table.insert(0, "position", range(len(ids)))
-    table.insert(1, "token", [visible(text) for text in texts])
-    sentence = (
-        f"The text begins so ({counts.domains[0]}): its tokens take {ffn_S.mean():.2f} FFN experts on average, "
-        f"from {ffn_S.min():.2f} to {ffn_S.max():.2f}. The darker, the more."
-    )
-
-    columns, size, line, column = 92, 9.0, 0, 0
-    figure, axes = plt.subplots()
-    font: dict[str, Any] = {"family": "monospace", "fontsize": size, "va": "center", "parse_math": False}
-    for text, share in zip(texts, ffn_S / top_k, strict=True):
-        printed = visible(text).replace("·", " ")
-        if column + len(printed) > columns:
-            line, column = line + 1, 0
-        axes.add_patch(Rectangle((column, line), len(printed) - 0.1, 0.86, color=FFN_SHADES(share), linewidth=0))
-        axes.text(column, line + 0.45, printed, color="white" if share > 0.85 else BLACK, **font)
-        axes.set(xlim=(0, columns), ylim=(line + 1, 0))
-        column += len(printed)
-        if text.endswith("\n"):
-            line, column = line + 1, 0
-    width, height = size * 0.602 / 72, size * 1.9 / 72  # of a character of DejaVu Sans Mono, and of a line, inches
-    figure.set_size_inches(columns * width + 1.2, (line + 1) * height + 0.3)
-    axes.axis("off")
-    shades = plt.cm.ScalarMappable(plt.Normalize(0, top_k), FFN_SHADES)
-    figure.colorbar(shades, ax=axes, label="FFN experts\n(mean over layers)", aspect=12, shrink=0.9, pad=0.01)
-    return table, sentence, figure
-
-
-@picture("routing scores", "Routing scores (figure 6)")
+@picture("Routing scores (figure 6)")
 def scores(measured: Bootstrap) -> Drawn:
     """Of the highest and the second-highest score: its density, of one or two checkpoints."""
-    scores_of, tables, variances, sentence = measured.counts.scores, [], [], ""
-    bins = [f"tokens_from_{b / SCORE_BINS:.2f}" for b in range(SCORE_BINS)]
-    n_ranks = next(iter(scores_of.values())).histogram.shape[1]
-    figure, grid = plt.subplots(1, n_ranks, figsize=(4.6 * n_ranks, 3.2), squeeze=False)
-    for (name, of_model), (colour, line) in zip(scores_of.items(), ((BLACK, "-"), (PINK, "--")), strict=False):
-        L, n_ranks, _ = of_model.histogram.shape
-        parts = {"all": slice(None)} | {str(i + 1): slice(i, i + 1) for i in range(L)}
-        table = combinations(checkpoint=[name], layer=list(parts), rank=range(1, n_ranks + 1))
-        moments = np.concatenate([of_model.moments(part) for part in parts.values()])
-        table[["mean", "variance", "least", "largest"]] = moments
-        counts = np.concatenate([of_model.histogram[part].sum(0) for part in parts.values()])
-        tables.append(table.join(pd.DataFrame(counts, columns=bins)))
-        each = [
-            f"the {rank} score has mean {mean:.3f}, variance {variance:.4f}, range {least:.2f} to {largest:.2f}"
-            for rank, (mean, variance, least, largest) in zip(RANKS[:n_ranks], moments, strict=False)
-        ]
-        sentence += f"{name}: {'; '.join(each)}. "
-        variances.append(moments[:n_ranks, 1])
-        for axes, count_X in zip(grid[0], counts[:n_ranks], strict=False):
-            density_X, edges = count_X / count_X.sum() * SCORE_BINS, np.linspace(0, 1, SCORE_BINS + 1)
-            axes.stairs(density_X, edges, color=colour, linestyle=line, linewidth=1.8, label=name)
-    for axes, rank, largest in zip(grid[0], RANKS, (1, 0.5), strict=False):  # the second is never above a half
-        axes.set(xlabel="softmax probability of the expert", xlim=(0, largest + 0.01))
+    bins = [f"tokens_from_{b / DRAWN_BINS:.2f}" for b in range(DRAWN_BINS)]
+    rows = [
+        {"checkpoint": name, "layer": layer, "rank": rank, **moments(tokens_X)}
+        | dict(zip(bins, tokens_X.reshape(DRAWN_BINS, -1).sum(1), strict=True))
+        for name, tokens_LRX in measured.counts.scores_LRX.items()
+        for layer, tokens_RX in (("all", tokens_LRX.sum(0)), *enumerate(tokens_LRX, 1))
+        for rank, tokens_X in zip(RANKS, tokens_RX, strict=False)
+    ]
+    table = pd.DataFrame(rows)
+    of_all_layers = table[table["layer"] == "all"]
+    sentence = "; ".join(
+        f"the {score['rank']} score of {score['checkpoint']} has mean {score['mean']:.3f}, variance "
+        f"{score['variance']:.4f}, range {score['least']:.2f} to {score['largest']:.2f}"
+        for score in of_all_layers.to_dict("records")
+    )
+    figure, grid = plt.subplots(1, of_all_layers["rank"].nunique(), figsize=(9.2, 3.4), squeeze=False)
+    edges = np.linspace(0, 1, DRAWN_BINS + 1)
+    for axes, (rank, by_checkpoint) in zip(grid[0], of_all_layers.groupby("rank"), strict=True):
+        for (_, row), (colour, line) in zip(by_checkpoint.iterrows(), ((BLACK, "-"), (PINK, "--")), strict=False):
+            density_X = row[bins].astype(float) / row[bins].sum() * DRAWN_BINS
+            axes.stairs(density_X, edges, color=colour, linestyle=line, linewidth=1.8, label=row["checkpoint"])
+        axes.set(xlabel="softmax probability of the expert", xlim=(0, by_checkpoint["largest"].max() + 0.01))
         axes.set_title(f"{rank} score", fontsize=10)
     grid[0, 0].set_ylabel("density over tokens and layers")
-    if len(scores_of) > 1:
-        ratios = " and ".join(f"{ours / theirs:.2f}" for ours, theirs in zip(*variances, strict=False))
-        sentence += f"The variances of the first are {ratios} times those of the other."
-        handles, names = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper center", ncols=len(names))
-    return pd.concat(tables), sentence.strip(), figure
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center")
+    return table, sentence, figure
 
 
 def visible(text: str) -> str:
@@ -198,4 +151,4 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in spaced) or "▪"
 
 
-PICTURES = [load, tokens, parts_of_speech, passage, scores]
+PICTURES = [load, tokens, parts_of_speech, scores]

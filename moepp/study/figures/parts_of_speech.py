@@ -5,20 +5,17 @@ fragments.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from zipfile import ZipFile
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from moepp.model import InputError
 from moepp.text.corpus_list import Wheel
 
 CLASSES = ("verb", "noun", "other", "word fragment", "punctuation", "number", "white space")
 NONE = -1  # the end of a text, or a word that the edge of a window cuts
-
-Tagger = Callable[[Sequence[str]], list[str]]  # words as they follow one another → verb, noun, number or other
 
 LEXICON = Wheel(  # Brill's lexicon: a word and its most frequent Penn tag on each line
     "textblob==0.20.1",
@@ -26,7 +23,6 @@ LEXICON = Wheel(  # Brill's lexicon: a word and its most frequent Penn tag on ea
     "f957699169a3e7b9a03a504883111b7b6973679496b9af959db2f74ee2449977",
 )
 PENN = {"VB": "verb", "MD": "verb", "NN": "noun", "CD": "number"}  # by the tag's first two letters
-UNIVERSAL = {"VERB": "verb", "AUX": "verb", "NOUN": "noun", "PROPN": "noun", "NUM": "number"}
 LETTER = r"(?:[^\W\d_]|\ufffd)"  # U+FFFD is what part of a letter's UTF-8 decodes to
 
 
@@ -35,42 +31,55 @@ class PartsOfSpeech:
 
     Args:
         texts_V: each token's text; "" for tokens that stand for none.
-        tag: tags words.
+        lexicon: words → verb, noun, number or other.
     """
 
-    def __init__(self, texts_V: Sequence[str], tag: Tagger) -> None:
-        self.texts_V, self.tag = texts_V, tag
+    def __init__(self, texts_V: Sequence[str], lexicon: Mapping[str, str]) -> None:
         # letters on both sides of a seam make one word, also with an apostrophe between ("don" + "'t")
         self.continues_V = np.array([bool(re.match(f"['’]?{LETTER}", text)) for text in texts_V])
         self.ends_open_V = np.array([bool(re.search(f"{LETTER}$", text)) for text in texts_V])
-        self.content_V = [content(text) for text in texts_V]
+        self.has_letters_V = np.array([bool(re.search(LETTER, text)) for text in texts_V])
+        self.alone_V = np.array([class_of(text, lexicon) for text in texts_V])
 
     def __call__(self, tokens_S: np.ndarray) -> np.ndarray:
         """(S,) token ids → (S,) indices into CLASSES, or NONE."""
         joined = self.ends_open_V[tokens_S[:-1]] & self.continues_V[tokens_S[1:]]
-        first = np.flatnonzero(np.r_[True, ~joined])  # of each piece: a whole word, or a token that is no word
-        sizes = np.diff(np.r_[first, len(tokens_S)])
-        texts = [self.texts_V[token] for token in tokens_S]
-        pieces = ["".join(texts[i : i + size]).strip() for i, size in zip(first, sizes, strict=True)]
-        tags = iter(self.tag([piece for piece in pieces if piece]))
-        classes = [next(tags) if piece else "" for piece in pieces]
-        for i, size in enumerate(sizes):
-            if (found := self.content_V[tokens_S[first[i]]]) != "word":
-                classes[i] = found
-            elif i in (0, len(pieces) - 1):
-                classes[i] = ""
-            elif size > 1:
-                classes[i] = "word fragment"
-        return np.repeat([CLASSES.index(name) if name else NONE for name in classes], sizes)
+        to_left_S, to_right_S = np.r_[False, joined], np.r_[joined, False]
+        class_S = np.where(to_left_S | to_right_S, CLASSES.index("word fragment"), self.alone_V[tokens_S])
+        piece_S = np.cumsum(~to_left_S)  # number of the piece, a whole word or a token that is no word
+        at_the_edge_S = np.isin(piece_S, piece_S[[0, -1]])
+        return np.where(at_the_edge_S & self.has_letters_V[tokens_S], NONE, class_S)
 
 
-def content(text: str) -> str:
-    """A token's class as far as its letters tell, `word` where words must be tagged, or "" for none."""
-    if re.search(LETTER, text):
-        return "word"
-    if not text.strip():
-        return "white space" if text else ""
-    return "number" if re.search(r"\d", text) else "punctuation"
+def class_of(text: str, lexicon: Mapping[str, str]) -> int:
+    """Of a token between others that it makes no word with. A word that is not in the lexicon is a noun."""
+    if not text:
+        return NONE
+    word = text.strip()
+    if re.search(LETTER, word):
+        name = lexicon.get(word) or lexicon.get(word.lower(), "noun")
+    elif not word:
+        name = "white space"
+    else:
+        name = "number" if re.search(r"\d", word) else "punctuation"
+    return CLASSES.index(name)
+
+
+def fetch_lexicon() -> dict[str, str]:
+    """Brill's.
+
+    Raises:
+        InputError: it cannot be fetched.
+    """
+    LEXICON.fetch()
+    with ZipFile(LEXICON.path).open("textblob/en/en-lexicon.txt") as lines:
+        return read_lexicon(line.decode() for line in lines)
+
+
+def read_lexicon(lines: Iterable[str]) -> dict[str, str]:
+    """`;` begins a comment."""
+    entries = (line.split() for line in lines if not line.startswith(";"))
+    return {entry[0]: PENN.get(entry[1][:2], "other") for entry in entries if len(entry) == 2}
 
 
 def token_texts(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
@@ -81,49 +90,3 @@ def token_texts(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
         if (tokenizer.id_to_token(i) or "").startswith("\u2581"):
             texts[i] = " " + texts[i].lstrip(" \u2581")
     return texts + [""] * (vocab_size - n_tokens)
-
-
-# ---- taggers -----------------------------------------------------------------------------------------------
-
-
-def open_tagger(name: str) -> Tagger:
-    """`lexicon`, or `spacy:MODEL`.
-
-    Raises:
-        InputError: no such tagger, or it cannot be fetched or is not installed.
-    """
-    if name == "lexicon":
-        LEXICON.fetch()
-        with ZipFile(LEXICON.path).open("textblob/en/en-lexicon.txt") as lines:
-            return lexicon_tagger(line.decode() for line in lines)
-    if name.startswith("spacy:"):
-        return spacy_tagger(name.removeprefix("spacy:"))
-    raise InputError(f"tagger: must be lexicon or spacy:MODEL, not {name!r}")
-
-
-def lexicon_tagger(lines: Iterable[str]) -> Tagger:
-    """Looks each word up, then in lower case; a word that is not there is a noun. `;` begins a comment."""
-    entries = (line.split() for line in lines if not line.startswith(";"))
-    lexicon = {entry[0]: PENN.get(entry[1][:2], "other") for entry in entries if len(entry) == 2}
-
-    def tag(words: Sequence[str]) -> list[str]:
-        return [lexicon.get(word) or lexicon.get(word.lower(), "noun") for word in words]
-
-    return tag
-
-
-def spacy_tagger(model: str) -> Tagger:
-    try:
-        import spacy
-        from spacy.tokens import Doc
-
-        nlp = spacy.load(model)
-    except ImportError:
-        raise InputError("tagger: needs spaCy: pip install spacy") from None
-    except OSError:
-        raise InputError(f"tagger: spaCy has no model {model}: python -m spacy download {model}") from None
-
-    def tag(words: Sequence[str]) -> list[str]:
-        return [UNIVERSAL.get(token.pos_, "other") for token in nlp(Doc(nlp.vocab, words=list(words)))]
-
-    return tag

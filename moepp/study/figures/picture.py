@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from moepp.study.figures.findings import Bootstrap, Estimate
+from moepp.study.figures.routing_stats import MIN_COUNT
 from moepp.study.style import BLACK, KIND_COLOURS, interval_bars
 
 Drawn = tuple[pd.DataFrame, str, Figure]
@@ -23,21 +24,19 @@ class Picture:
     """One figure.
 
     Attributes:
-        name: what it is called where it is not drawn.
         title: its heading.
         needs: keys of `lacking`; without one of them there is nothing to see.
         draw: the numbers, what is seen in them, and the drawing. Its name is that of the files.
     """
 
-    name: str
     title: str
     needs: tuple[str, ...]
     draw: Callable[[Bootstrap], Drawn]
 
 
-def picture(name: str, title: str, *needs: str) -> Callable[[Callable[[Bootstrap], Drawn]], Picture]:
+def picture(title: str, *needs: str) -> Callable[[Callable[[Bootstrap], Drawn]], Picture]:
     """Make a Picture of the function that draws it."""
-    return lambda draw: Picture(name, title, needs, draw)
+    return lambda draw: Picture(title, needs, draw)
 
 
 def lacking(measured: Bootstrap) -> dict[str, str]:
@@ -47,7 +46,7 @@ def lacking(measured: Bootstrap) -> dict[str, str]:
         "kinds": (len(counts.kinds) > 1, f"vanilla MoE has FFN experts alone, so every token uses {top_k}"),
         "domains": (len(counts.domains) > 1, "there is one domain only"),
         "layers": (counts.n_layers > 1, "there is one layer only"),
-        "tokens": (len(counts.frequent_tokens), f"no token occurs {counts.min_count} times: lower --min_count"),
+        "tokens": (len(counts.frequent_tokens), f"no token occurs {MIN_COUNT} times"),
         "words": (measured.sums.class_n_DC.any(), "no word was tagged"),
     }
     return {need: why for need, (there, why) in needs.items() if not there}

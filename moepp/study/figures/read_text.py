@@ -5,12 +5,12 @@ from itertools import islice
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from torch.nn.utils.rnn import pad_sequence
 
 from moepp.model import InputError, Transformer
 from moepp.study.figures.parts_of_speech import NONE, PartsOfSpeech
-from moepp.study.figures.routing_stats import RoutingCounts, Scores
+from moepp.study.figures.routing_stats import RoutingCounts
 from moepp.text.held_out import HeldOut
 
 BATCH_TOKENS = 4096
@@ -18,34 +18,36 @@ BATCH_TOKENS = 4096
 
 @torch.inference_mode()
 def read_text(
-    text: HeldOut, counts: RoutingCounts, models: Mapping[str, Transformer], parts_of_speech: PartsOfSpeech | None
+    text: HeldOut,
+    seq_len: int,
+    counts: RoutingCounts,
+    models: Mapping[str, Transformer],
+    parts_of_speech: PartsOfSpeech | None,
 ) -> None:
     """Stream the text through once and count.
 
     Args:
+        seq_len: S, of the text's windows.
         models: by name; choices are counted of the first, scores of each.
 
     Raises:
         InputError: less text than a sequence.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    first, *_ = (model.to(device) for model in models.values())
-    seq_len = first.config.context_length
-    for name, model in models.items():
-        counts.scores[name] = Scores(model.config.n_layers, min(2, model.moe_config.n_experts))
+    for model in models.values():
+        model.to(device)
     bytes_V = np.array([len(token.encode()) for token in counts.texts_V])
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    with Progress(*columns) as progress:
+    with Progress() as progress:
         task, stream = progress.add_task("reading text", total=text.size), text.windows()
         while windows := list(islice(stream, max(1, BATCH_TOKENS // seq_len))):
             tokens_BS = pad_sequence([torch.from_numpy(tokens_S) for _, tokens_S in windows], True, -1)
             valid_T = tokens_BS.ravel() >= 0
             inputs_BS = tokens_BS.clamp(0).to(device)  # padding comes last, where no token can see it
             routings = {name: model.hidden(inputs_BS)[1] for name, model in models.items()}
-            for name, scores in counts.scores.items():
-                n_ranks = scores.low.shape[1]
-                top_TLR = torch.stack([routing.probs.topk(n_ranks).values for routing in routings[name]], 1)
-                scores.add(top_TLR.cpu()[valid_T].numpy())
+            for name, layers in routings.items():
+                n_ranks = min(2, models[name].moe_config.n_experts)
+                top_TLR = torch.stack([routing.probs.topk(n_ranks).values for routing in layers], 1)
+                counts.add_scores(name, top_TLR.cpu()[valid_T].numpy())
             experts_TLK = torch.stack([routing.experts for routing in next(iter(routings.values()))], 1)
             experts_BSLK = experts_TLK.unflatten(0, tokens_BS.shape).cpu().numpy()
             for (domain, tokens_S), experts_SLK in zip(windows, experts_BSLK, strict=True):

@@ -17,8 +17,8 @@ from moepp.model import MoEConfig
 from moepp.study.figures.parts_of_speech import CLASSES
 
 MOST_PASSAGES = 128  # of a domain
-PASSAGE = 200  # tokens of the text's beginning that are kept
-SCORE_BINS = 100
+MIN_COUNT = 20  # tokens that occur less often are left out of the figure by token
+SCORE_BINS = 1000
 
 
 class Passages:
@@ -51,7 +51,6 @@ class RoutingCounts:
 
     Args:
         texts_V: the text of each token.
-        min_count: tokens that occur less often are not frequent.
 
     Attributes:
         kinds: where the experts of each kind stand, of the kinds that the model has, FFN experts first.
@@ -59,18 +58,17 @@ class RoutingCounts:
         token_n, token_ffn, token_ffn_squared: (V,) occurrences, and sums of the FFN count over layers.
         flow_Lkk: from kinds of experts in all layers but the last to kinds in the next, K² for every token: its K
             choices go to the K of the next layer in equal parts.
-        passage: token ids (S,) and FFN counts (S, L) of the text's beginning.
-        scores: by model; of this one first.
+        scores_LRX: by model, this one first: tokens whose highest and second-highest routing probability
+            (figure 6) are in each of X bins of equal width from 0 to 1. R is 2, or 1 with one expert.
     """
 
-    def __init__(self, moe: MoEConfig, n_layers: int, texts_V: list[str], min_count: int = 2) -> None:
-        self.moe, self.n_layers, self.texts_V, self.min_count = moe, n_layers, texts_V, min_count
+    def __init__(self, moe: MoEConfig, n_layers: int, texts_V: list[str]) -> None:
+        self.moe, self.n_layers, self.texts_V = moe, n_layers, texts_V
         self.kinds = {kind: where for kind, where in moe.kinds.items() if where.stop > where.start}
         self.passages = Passages()
         self.token_n, self.token_ffn, self.token_ffn_squared = np.zeros((3, len(texts_V)), np.int64)
         self.flow_Lkk = np.zeros((n_layers - 1, len(self.kinds), len(self.kinds)), np.int64)
-        self.passage: tuple[np.ndarray, ...] = ()
-        self.scores: dict[str, Scores] = {}
+        self.scores_LRX: dict[str, np.ndarray] = {}
 
     @property
     def domains(self) -> list[str]:
@@ -85,7 +83,7 @@ class RoutingCounts:
     def frequent_tokens(self) -> np.ndarray:
         """Ids of tokens of text that occur often enough."""
         has_text_V = np.array([bool(text) for text in self.texts_V])
-        return np.flatnonzero(has_text_V & (self.token_n >= self.min_count))
+        return np.flatnonzero(has_text_V & (self.token_n >= MIN_COUNT))
 
     def add(self, domain: str, tokens_S: np.ndarray, classes_S: np.ndarray, experts_SLK: np.ndarray) -> None:
         """Count the domain's next window. A class below 0 is none."""
@@ -94,8 +92,6 @@ class RoutingCounts:
         self.flow_Lkk += np.einsum("sli,slj->lij", kinds_SLk[:, :-1], kinds_SLk[:, 1:])
 
         ffn_SL = kinds_SLk[..., 0]
-        if not self.passage:
-            self.passage = tokens_S[:PASSAGE], ffn_SL[:PASSAGE]
         ffn_S = ffn_SL.sum(-1)
         np.add.at(self.token_n, tokens_S, 1)
         np.add.at(self.token_ffn, tokens_S, ffn_S)
@@ -104,6 +100,13 @@ class RoutingCounts:
         in_class_SC = classes_S[:, None] == np.arange(len(CLASSES))
         sums = len(tokens_S), chosen_SLE.sum(0), ffn_SL.T @ ffn_SL, in_class_SC.sum(0), ffn_S @ in_class_SC
         self.passages.add(domain, np.concatenate([np.ravel(part) for part in sums]))
+
+    def add_scores(self, model: str, scores_TLR: np.ndarray) -> None:
+        """Count the highest and second-highest routing probabilities of any tokens."""
+        _, L, R = scores_TLR.shape
+        scores_LRX = self.scores_LRX.setdefault(model, np.zeros((L, R, SCORE_BINS), np.int64))
+        bins_TLR = np.minimum(scores_TLR * np.float64(SCORE_BINS), SCORE_BINS - 1).astype(np.int64)
+        np.add.at(scores_LRX, (np.arange(L)[:, None], np.arange(R), bins_TLR), 1)
 
     def sums(self, flat_DX: np.ndarray) -> "Sums":
         """Sums over passages, (…, D, X), by their names."""
@@ -145,9 +148,9 @@ class Sums:
         """FFN experts per token."""
         return self.chosen_DLE[..., self.kinds["ffn"]].sum(-1) / self.n_D[..., None]
 
-    def ffn_by_layer(self) -> np.ndarray:
-        """(D, L + 1) FFN experts per token, the mean over layers last."""
-        return np.concatenate([self.ffn_DL, self.ffn_DL.mean(-1, keepdims=True)], -1)
+    def ffn_by_panel(self) -> np.ndarray:
+        """(D, 1 + L) FFN experts per token, the mean over layers first."""
+        return np.concatenate([self.ffn_DL.mean(-1, keepdims=True), self.ffn_DL], -1)
 
     def ffn_by_class(self) -> np.ndarray:
         """(C,) FFN experts per token, mean over layers and all domains; NaN for a class that does not occur."""
@@ -214,32 +217,10 @@ class Sums:
         return self.divergence_by_layer().mean(-1)
 
 
-class Scores:
-    """The highest and second-highest routing probability (figure 6) of a model: histograms and moments.
-
-    Attributes:
-        histogram: (L, R, SCORE_BINS) tokens, in bins of equal width from 0 to 1. R is 2, or 1 with one expert.
-        low, high: (L, R) the least and the largest.
-    """
-
-    def __init__(self, n_layers: int, n_ranks: int) -> None:
-        self.histogram = np.zeros((n_layers, n_ranks, SCORE_BINS), np.int64)
-        self.sum, self.squares = np.zeros((2, n_layers, n_ranks))
-        self.low, self.high = np.ones((n_layers, n_ranks)), np.zeros((n_layers, n_ranks))
-
-    def add(self, scores_TLR: np.ndarray) -> None:
-        scores_TLR = scores_TLR.astype(np.float64)
-        bins_TLR = np.minimum(scores_TLR * SCORE_BINS, SCORE_BINS - 1).astype(np.int64)
-        for layer, rank in np.ndindex(self.low.shape):
-            self.histogram[layer, rank] += np.bincount(bins_TLR[:, layer, rank], minlength=SCORE_BINS)
-        self.sum += scores_TLR.sum(0)
-        self.squares += (scores_TLR**2).sum(0)
-        self.low = np.minimum(self.low, scores_TLR.min(0))
-        self.high = np.maximum(self.high, scores_TLR.max(0))
-
-    def moments(self, layers: slice = slice(None)) -> np.ndarray:
-        """(R, 4) mean, variance, least and largest over all tokens and these layers."""
-        n_tokens = self.histogram[0, 0].sum()
-        mean = self.sum[layers].mean(0) / n_tokens
-        variance = self.squares[layers].mean(0) / n_tokens - mean**2
-        return np.stack([mean, variance, self.low[layers].min(0), self.high[layers].max(0)], -1)
+def moments(tokens_X: np.ndarray) -> dict[str, float]:
+    """Of scores that were counted in bins, to the width of a bin."""
+    score_X = (np.arange(SCORE_BINS) + 0.5) / SCORE_BINS
+    mean = np.average(score_X, weights=tokens_X)
+    variance = np.average((score_X - mean) ** 2, weights=tokens_X)
+    found = score_X[tokens_X > 0]
+    return {"mean": mean, "variance": variance, "least": found[0], "largest": found[-1]}

@@ -150,7 +150,6 @@ def test_interrupted_in_the_middle_it_ends_with_the_same_report(study: Path, com
     run = study / "runs/m/moepp/seed0"
     for path in (run, study / "runs/m/report"):
         shutil.rmtree(path)
-    (study / "runs/m/timing.json").unlink()
     others = {path: path.stat().st_mtime_ns for path in study.glob("runs/m/vanilla/*/result.json")}
 
     def interrupt() -> None:
@@ -195,7 +194,7 @@ def test_a_failing_run_is_reported_and_the_rest_goes_on(
         assert f"- broken{n}/seed0: exit code 3: the disk is full\n" in text
     assert "| moepp | 1 |" in text
     assert "needs 2 seeds" in text
-    assert "broken3/seed0 failed: exit code 3: the disk is full" in capsys.readouterr().out
+    assert "broken3/seed0: exit code 3: the disk is full" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in results} == results
 
 
@@ -223,24 +222,22 @@ def test_dry_run_lists_the_costs_and_does_nothing(
     before = sorted(study.rglob("*"))
     assert main([*command, "--dry_run", "--seeds=2"]) == 0
     printed = capsys.readouterr().out
-    assert "from the 2 runs that are finished" in printed
+    assert "from a measured step of vanilla" in printed
     cells = next(line.split() for line in printed.splitlines() if "vanilla" in line)
     matrix = resolve(Path("m.yaml"), read_matrix(Path("m.yaml")), Path(MATRIX["base"]), command[3:])
     assert cells[1:3] == ["1", "1"]  # to run, finished
     assert f"{matrix.reference.training_flops():.3g}" in cells
-    assert main([*command, "--dry_run", "--out=elsewhere"]) == 0
-    assert "from a measured step of vanilla" in capsys.readouterr().out
     assert sorted(study.rglob("*")) == before
 
 
-def test_a_second_study_in_the_folder_is_told_who_holds_it(
+def test_a_second_study_in_the_folder_is_refused(
     study: Path, command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (study / "runs/m/report/report.md").stat().st_mtime_ns
     with locked(study / "runs/m"):
         assert main(command) == 2
     error = capsys.readouterr().err
-    assert f"out: runs/m is in use by process {os.getpid()} on" in error
+    assert "out: runs/m is in use by another study" in error
     assert (study / "runs/m/report/report.md").stat().st_mtime_ns == before
     with locked(study / "runs/m"):
         pass  # free again
@@ -251,7 +248,7 @@ def test_a_run_that_outlives_its_study_keeps_the_folder(tmp_path: Path) -> None:
         survivor = subprocess.Popen(
             [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock.fileno()]
         )
-    with pytest.raises(InputError, match="or by a run that it started"), locked(tmp_path):
+    with pytest.raises(InputError, match="or by a run that one started"), locked(tmp_path):
         pass
     survivor.communicate()
     with locked(tmp_path):

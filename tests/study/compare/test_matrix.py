@@ -125,8 +125,8 @@ def test_a_wrong_matrix_ends_in_one_line(tmp_path: Path, change: dict, words: st
     [
         (["--matrix=none.yaml"], "none.yaml does not exist"),
         ([], "--matrix"),
-        ([f"--matrix={RECIPES / 'compare.yaml'}", "--seeds=0"], "seeds: must be at least 1"),
-        ([f"--matrix={RECIPES / 'compare.yaml'}", "--seeds=1000000000"], "seeds: must be at most 1000"),
+        ([f"--matrix={RECIPES / 'compare.yaml'}", "--seeds=0"], "seeds: must be from 1 to 1000, got 0"),
+        ([f"--matrix={RECIPES / 'compare.yaml'}", "--seeds=1000000000"], "seeds: must be from 1 to 1000"),
         ([f"--matrix={RECIPES / 'compare.yaml'}", "--trainer.max_stepz=3"], "max_stepz"),
     ],
 )

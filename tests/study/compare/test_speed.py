@@ -1,13 +1,10 @@
-"""What is timed: the step that training takes, in its precision; and anew when anything about it has changed."""
-
-import json
-from pathlib import Path
+"""What is timed: the step that training takes, in its precision."""
 
 import pytest
 import torch
 
 from moepp.study.compare import speed
-from moepp.study.compare.matrix import Matrix, Run, Variant
+from moepp.study.compare.matrix import Variant
 from moepp.study.timing import TrainingStep
 from tests.study.compare.test_results import SIZES, VANILLA
 
@@ -82,31 +79,3 @@ def test_a_planned_step_is_in_the_runs_precision(monkeypatch: pytest.MonkeyPatch
     for precision in (None, "bf16-true"):
         speed.step_seconds(variant(precision=precision))
     assert seen == [torch.float32, torch.bfloat16]
-
-
-@pytest.mark.parametrize("changed", [None, "commit", "torch", "result"])
-def test_timings_are_kept_until_runs_code_or_torch_change(
-    changed: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = Run(variant(), 0, tmp_path / "run")
-    run.folder.mkdir()
-    (run.folder / "result.json").write_text("{}")
-    facts = {"commit": "abc", "torch": "2.0"}
-    times: list[float] = []
-
-    def compare(*_: object) -> dict[str, float]:
-        times.append(1.0)
-        return {"speed_tokens_per_second": 10.0 * len(times), "speed_training": 1.0}
-
-    monkeypatch.setattr(speed, "last_checkpoint", lambda folder: folder)
-    monkeypatch.setattr(speed, "provenance", lambda: dict(facts))
-    monkeypatch.setattr(speed, "compare", compare)
-    matrix, cache = Matrix(Path("m.yaml"), [run.variant], run.variant, {}), tmp_path / "timing.json"
-    first = speed.measure(matrix, [run], cache)
-    if changed == "result":
-        (run.folder / "result.json").write_text(json.dumps({"step": 1}))
-    elif changed:
-        facts[changed] = "another"
-    second = speed.measure(matrix, [run], cache)
-    assert len(times) == (2 if changed else 1)
-    assert (first == second) == (changed is None)

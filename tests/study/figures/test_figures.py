@@ -23,9 +23,8 @@ from tests.study.figures.test_parts_of_speech import LEXICON
 from tests.training.test_bad_input import refused
 
 PICTURES = {
-    *("load", "tokens", "parts_of_speech", "passage", "scores", "pathway"),
-    *("finding1_correlation", "finding2_spread", "finding3_ffn_by_domain"),
-    *("finding4_activations", "finding5_divergence"),
+    *("load", "tokens", "parts_of_speech", "scores", "pathway"),
+    *("finding1_correlation", "finding2_spread", "finding4_activations", "finding5_divergence"),
 }
 
 
@@ -84,7 +83,12 @@ def test_figures_twice_are_the_same_numbers(drawn: Path, capsys: pytest.CaptureF
         (drawn / path).unlink()
     assert main(["figures", CKPT, f"--versus={VANILLA}"]) == 0
     assert {path.name: path.read_bytes() for path in drawn.glob("*.csv")} == first
-    assert str(drawn / "index.html") in capsys.readouterr().out
+    assert "runs/moepp/1/figures/index.html" in capsys.readouterr().out
+
+
+def by_domain(figures: Path) -> dict[str, dict[str, str]]:
+    """A row for each domain, over all layers."""
+    return {row["domain"]: row for row in read(figures / "load.csv") if row["layers"] == "all layers, mean"}
 
 
 def test_figures_are_of_all_held_out_text(there: Path, drawn: Path) -> None:
@@ -92,7 +96,7 @@ def test_figures_are_of_all_held_out_text(there: Path, drawn: Path) -> None:
     model = load(there / "runs/moepp/1/checkpoints/step-00000004.ckpt").model
     (prepared,) = there.glob("data/prepared/text*")
     tokens = np.fromfile(prepared / "val.bin", np.uint16).astype(np.int64)
-    rows = {row["domain"]: row for row in read(drawn / "finding3_ffn_by_domain.csv")}
+    rows = by_domain(drawn)
     n = 0
     for domain, (start, end) in zip(rows, TokenFiles.open(prepared).val_ranges, strict=True):
         ffn = []
@@ -105,7 +109,7 @@ def test_figures_are_of_all_held_out_text(there: Path, drawn: Path) -> None:
     shares = [row for row in read(drawn / "load.csv") if row["layers"] == "layer 1" and row["domain"] == "plain"]
     assert sum(float(row["experts_per_token"]) for row in shares) == pytest.approx(2, abs=1e-4)
     names = {row["checkpoint"] for row in read(drawn / "scores.csv")}
-    assert names == {"moepp/1, with gating residuals", "vanilla/1, without gating residuals"}
+    assert names == {CKPT.removeprefix("--ckpt="), VANILLA}
 
 
 def test_each_checkpoint_is_read_once(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,18 +126,25 @@ def test_text_of_ones_own_with_labels(there: Path) -> None:
         "".join(f"{path}\t{'odd' if int(path.stem) % 2 else 'even'}\n" for path in files)
     )
     assert main(["figures", CKPT, "--data.path=./text", "--out=held-out"]) == 0
-    held_out = read(Path("held-out/finding3_ffn_by_domain.csv"))
-    assert {row["domain"] for row in held_out} == {"plain", "loud"}
+    held_out = by_domain(Path("held-out"))
+    assert held_out.keys() == {"plain", "loud"}
     assert main(["figures", CKPT, "--data.path=text", "--data.labels=labels.tsv", "--out=labelled"]) == 0
-    labelled = read(Path("labelled/finding3_ffn_by_domain.csv"))
-    assert {row["domain"] for row in labelled} == {"odd", "even"}
+    labelled = by_domain(Path("labelled"))
+    assert labelled.keys() == {"odd", "even"}
     # the training text: only what was held out of it; labelled files: all of them
-    assert sum(int(row["tokens"]) for row in held_out) < 0.6 * sum(int(row["tokens"]) for row in labelled)
-    assert main(["figures", CKPT, "--data.path=text/plain/1.txt", "--out=one", "--min_count=9999"]) == 0
+    assert sum(int(row["tokens"]) for row in held_out.values()) < (
+        0.6 * sum(int(row["tokens"]) for row in labelled.values())
+    )
+    assert main(["figures", CKPT, "--data.path=text/plain/1.txt", "--out=one"]) == 0
     page = Path("one/index.html").read_text()
-    assert "FFN experts by token: no token occurs 9999 times" in page
-    assert "finding 5: there is one domain only" in page
-    assert "finding 3: there is one domain only" not in page
+    assert "finding5_divergence: there is one domain only" in page
+    assert "finding4_activations: there is one domain only" not in page
+
+
+def test_tokens_that_are_too_few_are_named(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moepp.study.figures.routing_stats.MIN_COUNT", 9999)
+    assert main(["figures", CKPT, "--out=few"]) == 0
+    assert "<li>tokens: no token occurs" in Path("few/index.html").read_text()
 
 
 def test_what_vanilla_has_is_drawn_and_the_rest_is_named(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,7 +153,7 @@ def test_what_vanilla_has_is_drawn_and_the_rest_is_named(there: Path, capsys: py
     assert {path.stem for path in Path("vanilla").glob("*.png")} == drawn
     assert [row["number"] for row in read(Path("vanilla/findings.csv"))] == ["5"]
     printed = " ".join(capsys.readouterr().out.split())
-    for what in ("FFN experts by token", "parts of speech", "a passage of text", "finding 1", "pathway"):
+    for what in ("tokens", "parts_of_speech", "finding1_correlation", "pathway"):
         assert f"not drawn: {what}: vanilla MoE has FFN experts alone" in printed
 
 
@@ -153,7 +164,7 @@ def test_without_a_network_only_the_parts_of_speech_are_left_out(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     assert main(["figures", CKPT, "--out=offline"]) == 0
     assert {path.stem for path in Path("offline").glob("*.png")} == PICTURES - {"parts_of_speech"}
-    assert "not drawn: parts of speech: cannot download no-such==1" in " ".join(capsys.readouterr().out.split())
+    assert "not drawn: parts_of_speech: cannot download no-such==1" in " ".join(capsys.readouterr().out.split())
 
 
 def test_bad_input(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,10 +194,7 @@ def test_bad_input(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([CKPT, text, f"{labels}=loose.tsv"], "loose.tsv has no line for loud/0.txt, one of 19 files"),
         ([CKPT, text, f"{labels}=spaces.tsv"], "spaces.tsv, line 1: must be a file, a tab and its domain"),
         ([CKPT, "--data.path=short.txt", f"{labels}=wrong.tsv"], "short.txt is no folder"),
-        ([CKPT, "--tagger=oracle"], "tagger: must be lexicon or spacy:MODEL"),
-        ([CKPT, "--tagger=spacy:small"], "tagger: needs spaCy: pip install spacy"),
-        ([CKPT, "--min_count=1"], "min_count: must be at least 2"),
-        ([CKPT, "--min_counts=3"], "did you mean min_count?"),
+        ([CKPT, "--verses=3"], "did you mean versus?"),
     ):
         assert message in refused(capsys, "figures", *options)
 

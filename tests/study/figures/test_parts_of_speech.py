@@ -1,10 +1,6 @@
 """Tags of words are carried to tokens."""
 
-import sys
-from types import SimpleNamespace
-
 import numpy as np
-import pytest
 from tokenizers import Tokenizer
 from tokenizers.decoders import Metaspace
 from tokenizers.models import WordLevel
@@ -13,8 +9,7 @@ from moepp.study.figures.parts_of_speech import (
     CLASSES,
     NONE,
     PartsOfSpeech,
-    lexicon_tagger,
-    open_tagger,
+    read_lexicon,
     token_texts,
 )
 
@@ -24,7 +19,7 @@ LEXICON = "; a comment\nthe DT\nrouter NN\nsends VBZ\ncopy VB\ntwo CD\nCopy NNP\
 def test_tags_of_words_are_carried_to_tokens() -> None:
     words = ["", "the", " router", " sends", " cop", "y", " copy", ",", " 12", " two", "\n", " Copy", "'t", " don"]
     words += [" \ufffd", " unheard"]
-    classes = PartsOfSpeech(words, lexicon_tagger(LEXICON.splitlines()))
+    classes = PartsOfSpeech(words, read_lexicon(LEXICON.splitlines()))
 
     def tagged(*texts: str) -> list[str]:
         found = classes(np.array([words.index(text) for text in texts]))
@@ -48,16 +43,3 @@ def test_spaces_of_sentencepiece_tokens() -> None:
     tokenizer = Tokenizer(WordLevel({"▁the": 0, "re": 1, "▁": 2}, unk_token="re"))
     tokenizer.decoder = Metaspace()
     assert token_texts(tokenizer, 4) == [" the", "re", " ", ""]
-
-
-def test_a_real_tagger_sees_words_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nlp(words: list[str]) -> list[SimpleNamespace]:
-        return [SimpleNamespace(pos_="VERB" if before == "to" else "NOUN") for before in ["", *words]][
-            : len(words)
-        ]
-
-    nlp.vocab = None  # type: ignore[attr-defined]
-    spacy = SimpleNamespace(load=lambda model: nlp, tokens=SimpleNamespace(Doc=lambda vocab, words: words))
-    monkeypatch.setitem(sys.modules, "spacy", spacy)
-    monkeypatch.setitem(sys.modules, "spacy.tokens", spacy.tokens)
-    assert open_tagger("spacy:small")(["a", "copy", "to", "copy"]) == ["noun", "noun", "noun", "verb"]

@@ -10,7 +10,14 @@ from moepp.study.figures.parts_of_speech import (
     CLASSES,
     NONE,
 )
-from moepp.study.figures.routing_stats import MOST_PASSAGES, Passages, RoutingCounts, Scores, Sums
+from moepp.study.figures.routing_stats import (
+    MOST_PASSAGES,
+    SCORE_BINS,
+    Passages,
+    RoutingCounts,
+    Sums,
+    moments,
+)
 from moepp.study.style import KIND_COLOURS
 
 
@@ -73,13 +80,16 @@ def test_counts_are_those_of_a_naive_loop() -> None:
 
 def test_scores_are_those_of_a_naive_loop() -> None:
     values = np.random.default_rng(0).random((50, 2, 2)).astype(np.float32)
-    scores = Scores(2, 2)
+    counts = RoutingCounts(MoEConfig(), 2, [""])
     for part in (values[:20], values[20:]):
-        scores.add(part)
+        counts.add_scores("it", part)
     for rank in range(2):
         mine = values[:, :, rank].astype(np.float64)
-        assert scores.moments()[rank] == pytest.approx([mine.mean(), mine.var(), mine.min(), mine.max()])
-    assert (scores.histogram[1, 0] == np.histogram(values[:, 1, 0], 100, (0, 1))[0]).all()
+        found = list(moments(counts.scores_LRX["it"].sum(0)[rank]).values())
+        assert found == pytest.approx([mine.mean(), mine.var(), mine.min(), mine.max()], abs=1 / SCORE_BINS)
+        assert found[1] == pytest.approx(mine.var(), rel=1e-3)
+    expected, _ = np.histogram(values[:, 1, 0], SCORE_BINS, (0, 1))
+    assert (counts.scores_LRX["it"][1, 0] == expected).all()
 
 
 def test_passages_are_consecutive_and_few_however_long_the_text() -> None:
