@@ -1,8 +1,12 @@
 """The paper's figures 4 to 6: expert load by domain, FFN experts by token and part of speech, routing scores."""
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.patches import Rectangle
 
 from moepp.study.figures.findings import Bootstrap, Estimate, combinations
 from moepp.study.figures.parts_of_speech import CLASSES
@@ -11,6 +15,7 @@ from moepp.study.figures.routing_stats import MIN_COUNT, Sums, moments
 from moepp.study.style import BLACK, KIND_COLOURS, PINK
 
 FFN_COLOUR = KIND_COLOURS["ffn"]
+FFN_SHADES = LinearSegmentedColormap.from_list("ffn", ["#FFFFFF", FFN_COLOUR])
 NAMED = 15  # tokens from either end of the order
 RANKS = ("highest", "second-highest")
 DRAWN_BINS = 100
@@ -114,6 +119,40 @@ def parts_of_speech(measured: Bootstrap) -> Drawn:
     return table, sentence, figure
 
 
+@picture("A passage, shaded by FFN experts", "kinds")
+def passage(measured: Bootstrap) -> Drawn:
+    """The text with each token shaded by its FFN count, the mean over layers."""
+    counts, (ids, ffn_SL) = measured.counts, measured.counts.passage
+    texts, ffn_S, top_k = [counts.texts_V[i] for i in ids], ffn_SL.mean(1), counts.moe.top_k
+    table = pd.DataFrame(ffn_SL, columns=[f"layer_{layer}" for layer in counts.layers])
+    table.insert(0, "position", range(len(ids)))
+    table.insert(1, "token", [visible(text) for text in texts])
+    sentence = (
+        f"The text begins so ({counts.domains[0]}): its tokens take {ffn_S.mean():.2f} FFN experts on average, "
+        f"from {ffn_S.min():.2f} to {ffn_S.max():.2f}. The darker, the more."
+    )
+
+    columns, size, line, column = 92, 9.0, 0, 0
+    figure, axes = plt.subplots()
+    font: dict[str, Any] = {"family": "monospace", "fontsize": size, "va": "center", "parse_math": False}
+    for text, share in zip(texts, ffn_S / top_k, strict=True):
+        printed = visible(text).replace("·", " ")
+        if column + len(printed) > columns:
+            line, column = line + 1, 0
+        axes.add_patch(Rectangle((column, line), len(printed) - 0.1, 0.86, color=FFN_SHADES(share), linewidth=0))
+        axes.text(column, line + 0.45, printed, color="white" if share > 0.85 else BLACK, **font)
+        axes.set(xlim=(0, columns), ylim=(line + 1, 0))
+        column += len(printed)
+        if text.endswith("\n"):
+            line, column = line + 1, 0
+    width, height = size * 0.602 / 72, size * 1.9 / 72  # of a character of DejaVu Sans Mono, and of a line, inches
+    figure.set_size_inches(columns * width + 1.2, (line + 1) * height + 0.3)
+    axes.axis("off")
+    shades = plt.cm.ScalarMappable(plt.Normalize(0, top_k), FFN_SHADES)
+    figure.colorbar(shades, ax=axes, label="FFN experts\n(mean over layers)", aspect=12, shrink=0.9, pad=0.01)
+    return table, sentence, figure
+
+
 @picture("Routing scores (figure 6)")
 def scores(measured: Bootstrap) -> Drawn:
     """Of the highest and the second-highest score: its density, of one or two checkpoints."""
@@ -151,4 +190,4 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in spaced) or "▪"
 
 
-PICTURES = [load, tokens, parts_of_speech, scores]
+PICTURES = [load, tokens, parts_of_speech, passage, scores]

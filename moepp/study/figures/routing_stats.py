@@ -16,6 +16,7 @@ from scipy.special import entr
 from moepp.model import MoEConfig
 from moepp.study.figures.parts_of_speech import CLASSES
 
+PASSAGE = 200  # tokens of the text's beginning that are kept
 MOST_PASSAGES = 128  # of a domain
 MIN_COUNT = 20  # tokens that occur less often are left out of the figure by token
 SCORE_BINS = 1000
@@ -58,6 +59,7 @@ class RoutingCounts:
         token_n, token_ffn, token_ffn_squared: (V,) occurrences, and sums of the FFN count over layers.
         flow_Lkk: from kinds of experts in all layers but the last to kinds in the next, K² for every token: its K
             choices go to the K of the next layer in equal parts.
+        passage: token ids (S,) and FFN counts (S, L) of the text's beginning.
         scores_LRX: by model, this one first: tokens whose highest and second-highest routing probability
             (figure 6) are in each of X bins of equal width from 0 to 1. R is 2, or 1 with one expert.
     """
@@ -66,6 +68,7 @@ class RoutingCounts:
         self.moe, self.n_layers, self.texts_V = moe, n_layers, texts_V
         self.kinds = {kind: where for kind, where in moe.kinds.items() if where.stop > where.start}
         self.passages = Passages()
+        self.passage: tuple[np.ndarray, ...] = ()
         self.token_n, self.token_ffn, self.token_ffn_squared = np.zeros((3, len(texts_V)), np.int64)
         self.flow_Lkk = np.zeros((n_layers - 1, len(self.kinds), len(self.kinds)), np.int64)
         self.scores_LRX: dict[str, np.ndarray] = {}
@@ -92,6 +95,8 @@ class RoutingCounts:
         self.flow_Lkk += np.einsum("sli,slj->lij", kinds_SLk[:, :-1], kinds_SLk[:, 1:])
 
         ffn_SL = kinds_SLk[..., 0]
+        if not self.passage:
+            self.passage = tokens_S[:PASSAGE], ffn_SL[:PASSAGE]
         ffn_S = ffn_SL.sum(-1)
         np.add.at(self.token_n, tokens_S, 1)
         np.add.at(self.token_ffn, tokens_S, ffn_S)

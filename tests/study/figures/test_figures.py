@@ -23,7 +23,7 @@ from tests.study.figures.test_parts_of_speech import LEXICON
 from tests.training.test_bad_input import refused
 
 PICTURES = {
-    *("load", "tokens", "parts_of_speech", "scores", "pathway"),
+    *("load", "tokens", "parts_of_speech", "passage", "scores", "pathway"),
     *("finding1_correlation", "finding2_spread", "finding4_activations", "finding5_divergence"),
 }
 
