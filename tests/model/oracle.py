@@ -21,12 +21,18 @@ def oracle_layer(
             g = weight @ (g.tanh() if i else g)
         if previous_TE is not None and layer.router.residual is not None:
             g = g + layer.router.residual @ previous_TE[t]
-        probs = [torch.exp(g[i] - g.max()) / sum(torch.exp(g[j] - g.max()) for j in range(E)) for i in range(E)]
-        chosen = sorted(range(E), key=lambda i: -g[i].item())[: moe.top_k]
+        scores = g
+        if moe.score_bias:
+            scores = torch.stack([g[i] + (0 if kind(moe, i) == "ffn" else layer.router.bias) for i in range(E)])
+        probs = [
+            torch.exp(scores[i] - scores.max()) / sum(torch.exp(scores[j] - scores.max()) for j in range(E))
+            for i in range(E)
+        ]
+        chosen = sorted(range(E), key=lambda i: -scores[i].item())[: moe.top_k]
         weighed = [i for i in chosen if kind(moe, i) != "zero"]
         y = torch.zeros_like(x)
         for i in weighed:
-            gate = probs[i] / sum(probs[j] for j in weighed)
+            gate = probs[i] / sum(probs[j] for j in weighed) if moe.renormalize else probs[i]
             if room[i] > 0:
                 y = y + gate * expert(layer, i, x)
         for i in chosen:
@@ -36,7 +42,12 @@ def oracle_layer(
         chosen_by_token.append(chosen)
         probs_by_token.append(probs)
     T, loss = len(x_TD), torch.zeros((), dtype=x_TD.dtype)
-    for i in range(E):
+    if moe.balance_groups:  # ZEDA's formula (arXiv 2605.18643) with w = 1/τ, in equation 7's units
+        for eta, members in ((1.0, range(moe.n_ffn)), (moe.tau, range(moe.n_ffn, E))):
+            f = sum(i in chosen for chosen in chosen_by_token for i in members) / T
+            P = sum(probs[i] for probs in probs_by_token for i in members) / T
+            loss = loss + (eta * f * P / len(members) if len(members) else 0)
+    for i in range(E if not moe.balance_groups else 0):
         eta = 1.0 if kind(moe, i) == "ffn" else moe.tau
         f = sum(i in chosen for chosen in chosen_by_token) / T
         loss = loss + eta * f * sum(probs[i] for probs in probs_by_token) / T

@@ -24,6 +24,32 @@ def test_equals_cross_entropy_of_the_logits(n_tokens: int, monkeypatch: pytest.M
     assert torch.autograd.gradcheck(lambda h, w: loss.linear_cross_entropy(h, w, targets), (hidden, weight))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_distillation_equals_the_divergence_of_the_logits(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "CHUNK", 7)
+    torch.manual_seed(0)
+    hidden = torch.randn(20, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+    teacher, head = torch.randn(20, 3, dtype=torch.float64), torch.randn(11, 3, dtype=torch.float64)
+    expected = temperature**2 * F.kl_div(
+        (hidden @ weight.T / temperature).log_softmax(-1),
+        (teacher @ head.T / temperature).softmax(-1),
+        reduction="batchmean",
+    )
+    actual = loss.linear_distillation(hidden, weight, teacher, head, temperature)
+    torch.testing.assert_close(actual, expected)
+    for mine, autograd in zip(
+        torch.autograd.grad(3 * actual, (hidden, weight)),
+        torch.autograd.grad(3 * expected, (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, autograd)
+    same = loss.linear_distillation(hidden, weight, hidden.detach(), weight.detach(), temperature)
+    assert same.item() == pytest.approx(0, abs=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_softmax_compiles_into_one_graph(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moepp.model import MoEConfig, MoELayer, experts
+from moepp.model.conversion import set_bias
 from tests.model.oracle import oracle_layer
 
 D, H = 6, 5
@@ -20,6 +21,7 @@ def make(moe: MoEConfig, T: int, seed: int = 0) -> tuple[MoELayer, torch.Tensor,
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(0, 0.5)
+    set_bias(layer, -0.7)
     x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
     return layer, x, torch.randn(T, moe.n_experts, dtype=torch.float64, requires_grad=True)
 
@@ -61,6 +63,9 @@ def cases(draw: st.DrawFn) -> tuple[MoEConfig, int, int]:
         capacity_factor=draw(st.sampled_from([None, 0.4, 1.1])),
         gating_residual=draw(st.booleans()),
         router_depth=draw(st.sampled_from([1, 2])),
+        renormalize=draw(st.booleans()),
+        balance_groups=draw(st.booleans()),
+        score_bias=draw(st.booleans()),
     )
     return moe, draw(st.integers(1, 9)), draw(st.integers(0, 2**16))
 

@@ -41,9 +41,11 @@ def test_later_tokens_never_change_earlier_logits(capacity_factor: float | None,
         assert not torch.allclose(after[:, position:], before.logits[:, position:], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("n_kv_heads", [None, 2, 1])
-def test_cache_gives_the_same_logits(n_kv_heads: int | None) -> None:
-    config = TransformerConfig(64, 3, 16, 24, 4, n_kv_heads=n_kv_heads, context_length=12)
+@pytest.mark.parametrize(
+    "options", [{}, {"n_kv_heads": 2}, {"n_kv_heads": 1, "head_size": 6, "qk_norm": "head"}, {"qk_norm": "width"}]
+)
+def test_cache_gives_the_same_logits(options: dict) -> None:
+    config = TransformerConfig(64, 3, 16, 24, 4, context_length=12, **options)
     model = build(MoEConfig(n_ffn=4), config).eval()
     tokens = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(1))
     whole = model(tokens).logits
@@ -103,9 +105,11 @@ def test_shared_parts_start_alike_whatever_the_switches() -> None:
 
 
 @pytest.mark.parametrize("moe", [MoEConfig(), VANILLA, MoEConfig(router_depth=2, n_const=0), MoEConfig(n_zero=3)])
-@pytest.mark.parametrize("tie", [True, False])
-def test_parameter_count(moe: MoEConfig, tie: bool) -> None:
-    config = TransformerConfig(64, 3, 16, 24, 4, n_kv_heads=2, tie_embeddings=tie)
+@pytest.mark.parametrize(
+    "options", [{"tie_embeddings": False}, {"head_size": 6, "qk_norm": "head"}, {"qk_norm": "width"}]
+)
+def test_parameter_count(moe: MoEConfig, options: dict) -> None:
+    config = TransformerConfig(64, 3, 16, 24, 4, n_kv_heads=2, **options)
     model = Transformer(config, moe)
     count = count_parameters(config, moe)
     assert count.total == sum(p.numel() for p in model.parameters())
