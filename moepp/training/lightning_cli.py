@@ -148,8 +148,8 @@ class MoECLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--base", type=str | None, help="in a recipe: the recipe that it changes")
         parser.add_class_arguments(Checkpoints, "checkpoints", instantiate=False)
-        vocab_size = "data.vocab_size", "model.init_from"
-        parser.link_arguments(vocab_size, "model.transformer.vocab_size", compute_fn=vocab_size_of_model)
+        sources = "data.vocab_size", "model.init_from", "ckpt_path"
+        parser.link_arguments(sources, "model.transformer.vocab_size", compute_fn=vocab_size_of_model)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """What a run does not say of its model is what the checkpoint says that it starts from."""
@@ -313,9 +313,11 @@ class OptionsAlone(MoECLI):
         pass
 
 
-def vocab_size_of_model(of_data: int, init_from: str | None) -> int:
-    """That of the checkpoint which the model starts from, or what the data needs."""
-    return described_in(init_from)["transformer"]["vocab_size"] if init_from else padded_vocab_size(of_data)
+def vocab_size_of_model(of_data: int, init_from: str | None, ckpt_path: str | None) -> int:
+    """What the data needs, or that of the checkpoint which the model starts from: resumed, this may be gone."""
+    if init_from is None:
+        return padded_vocab_size(of_data)
+    return described_in(ckpt_path or init_from)["transformer"]["vocab_size"]
 
 
 def require_seed(seed: Any) -> None:

@@ -36,3 +36,29 @@ def test_a_released_folder_there_and_back(workdir: Path, capsys: pytest.CaptureF
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_folder_of_others_becomes_a_checkpoint(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transformers = pytest.importorskip("transformers", reason="writes the folder: pip install 'moepp[hf]'")
+    config = transformers.MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        num_local_experts=4,
+    )
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    theirs.save_pretrained("mixtral")
+    assert main(["import", "mixtral", "in/model.ckpt"]) == 0
+    tokens = torch.arange(30).view(1, 30)
+    with torch.no_grad():
+        torch.testing.assert_close(load("in/model.ckpt").model(tokens).logits, theirs(tokens).logits)
+    assert main(["convert", "in/model.ckpt", "in/converted.ckpt", "--n_zero=2"]) == 0
+    capsys.readouterr()
+    (workdir / "mixtral/model.safetensors").unlink()
+    assert main(["import", "mixtral", "other.ckpt"]) == 2
+    assert "has neither" in capsys.readouterr().err
+    assert not Path("other.ckpt").exists()
