@@ -15,7 +15,7 @@ def expand_last(arguments: list[str], recipe: str) -> list[str]:
     The run goes on in its folder and with its own options, whatever the recipe says by now; what else is on the
     command line wins.
     """
-    if "--ckpt_path=last" not in arguments and ("--ckpt_path", "last") not in pairwise(arguments):
+    if value_of("--ckpt_path", arguments) != "last":
         return arguments
     checkpoint = newest_checkpoint(recipe)
     run_dir = checkpoint.parent.parent
@@ -24,6 +24,12 @@ def expand_last(arguments: list[str], recipe: str) -> list[str]:
         others = [a for i, a in enumerate(arguments) if i not in recipes and i - 1 not in recipes]
         arguments = ["--config", str(config), *others]
     return [*arguments, f"--ckpt_path={checkpoint}", f"--trainer.default_root_dir={run_dir}"]
+
+
+def value_of(flag: str, arguments: list[str]) -> str | None:
+    """Of `flag value` or `flag=value`, None where neither is there."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    return next((value for word, value in pairwise(words) if word == flag), None)
 
 
 def expand_bases(arguments: list[str]) -> list[str]:

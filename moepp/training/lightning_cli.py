@@ -24,7 +24,7 @@ from moepp.model.config import require
 from moepp.system.machine import default_precision, device_name, keep_freed_memory, quiet_lightning
 from moepp.text.data_module import TokenDataModule
 from moepp.text.tokenizer import padded_vocab_size
-from moepp.training.arguments import expand_bases, expand_last
+from moepp.training.arguments import expand_bases, expand_last, value_of
 from moepp.training.bad_steps import BadSteps
 from moepp.training.checkpoint import CheckpointFiles, read_checkpoint
 from moepp.training.csv_log import CSVLog
@@ -80,6 +80,7 @@ def parse(cli: type["MoECLI"], verb: str, arguments: list[str]) -> "MoECLI":
     recipes = [Path(value).stem for flag, value in pairwise(arguments) if flag == "--config"]
     cli.recipe = recipes[-1] if recipes else "default"
     arguments = expand_last(arguments, cli.recipe)
+    cli.resumed = value_of("--ckpt_path", arguments)
     try:
         return cli(
             LitMoE,
@@ -124,6 +125,7 @@ class OneLineParser(LightningArgumentParser):
 
 class MoECLI(LightningCLI):
     recipe = "default"  # names the folder of a run
+    resumed: str | None = None  # --ckpt_path, before anything is parsed
     checkpoints: Checkpoints | None = None  # None: the run writes none
 
     @staticmethod
@@ -148,8 +150,14 @@ class MoECLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--base", type=str | None, help="in a recipe: the recipe that it changes")
         parser.add_class_arguments(Checkpoints, "checkpoints", instantiate=False)
-        sources = "data.vocab_size", "model.init_from", "ckpt_path"
-        parser.link_arguments(sources, "model.transformer.vocab_size", compute_fn=vocab_size_of_model)
+        sources = "data.vocab_size", "model.init_from"
+        parser.link_arguments(sources, "model.transformer.vocab_size", compute_fn=self.model_vocab_size)
+
+    def model_vocab_size(self, of_data: int, init_from: str | None) -> int:
+        """What the data needs, or that of the checkpoint which the model starts from (resumed, it may be gone)."""
+        if init_from is None:
+            return padded_vocab_size(of_data)
+        return described_in(self.resumed or init_from)["transformer"]["vocab_size"]
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """What a run does not say of its model is what the checkpoint says that it starts from."""
@@ -311,13 +319,6 @@ class OptionsAlone(MoECLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
-
-
-def vocab_size_of_model(of_data: int, init_from: str | None, ckpt_path: str | None) -> int:
-    """What the data needs, or that of the checkpoint which the model starts from: resumed, this may be gone."""
-    if init_from is None:
-        return padded_vocab_size(of_data)
-    return described_in(ckpt_path or init_from)["transformer"]["vocab_size"]
 
 
 def require_seed(seed: Any) -> None:

@@ -98,6 +98,7 @@ class LitMoE(L.LightningModule):
         super().__init__()
         self.transformer, self.moe, self.optim = transformer, moe, optim
         self.model = Transformer(transformer, moe)
+        self.resumed = False  # from a checkpoint of this run
         self.init_from, self.convert, self.distill = init_from, convert, distill
         self.teacher: Teacher | None = None
         self.compile_loss = compile
@@ -117,14 +118,14 @@ class LitMoE(L.LightningModule):
                 f"data.seq_len: {data.seq_len} is longer than "
                 f"model.transformer.context_length={self.transformer.context_length}"
             )
-        if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
-            other = start_from(self.model, self.init_from, data.files.tokenizer_json)
-            say(self.trainer, f"starts from {self.init_from}" + (f" with {', '.join(other)}" if other else ""))
-        if stage == "fit" and self.distill.teacher is not None:
-            self.teacher = Teacher(self.distill.teacher, self.transformer, data.files.tokenizer_json)
 
     def on_fit_start(self) -> None:
-        if self.teacher is not None:
+        tokenizer = self.trainer.datamodule.files.tokenizer_json  # type: ignore[attr-defined]
+        if self.init_from is not None and not self.resumed:
+            other = start_from(self.model, self.init_from, tokenizer)
+            say(self.trainer, f"starts from {self.init_from}" + (f" with {', '.join(other)}" if other else ""))
+        if self.distill.teacher is not None:
+            self.teacher = Teacher(self.distill.teacher, self.transformer, tokenizer)
             self.teacher.model.to(self.model.head.weight)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -255,6 +256,7 @@ class LitMoE(L.LightningModule):
             InputError: made with another model, tokenizer or text.
         """
         saved = checkpoint["moepp"]
+        self.resumed = True
         # a checkpoint of before knows fewer fields
         before = {
             "transformer": asdict(TransformerConfig(**saved["transformer"])),
