@@ -123,6 +123,15 @@ def described(
     }
 
 
+def checkpoint_of(
+    model: Transformer, tokenizer_json: str | None, data: str, data_hash: str | None = None
+) -> dict[str, Any]:
+    """A checkpoint of weights alone."""
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    entry = described(model.config, model.moe_config, tokenizer_json, data, data_hash)
+    return {"state_dict": state, "moepp": entry}
+
+
 @dataclass(frozen=True)
 class Loaded:
     """What a checkpoint holds for those who do not train on: `meta` is its entry `moepp`."""

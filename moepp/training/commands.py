@@ -19,7 +19,7 @@ from moepp.model.weights import read_json
 from moepp.text.prepare import prepare as prepare_text
 from moepp.text.token_files import TokenFiles
 from moepp.text.tokenizer import END_OF_TEXT, load_tokenizer
-from moepp.training.checkpoint import described, load, newest_checkpoint, write_checkpoint
+from moepp.training.checkpoint import checkpoint_of, load, newest_checkpoint, write_checkpoint
 from moepp.training.lightning_cli import OneLineParser
 
 
@@ -158,9 +158,7 @@ def write_model(
     """
     if Path(path).exists():
         raise InputError(f"{path} exists already; name another file or remove it")
-    meta = described(model.config, model.moe_config, tokenizer_json, data, data_hash)
-    state = {f"model.{name}": value for name, value in model.state_dict().items()}
-    write_checkpoint(path, {"state_dict": state, "moepp": meta})
+    write_checkpoint(path, checkpoint_of(model, tokenizer_json, data, data_hash))
     print(path)
 
 

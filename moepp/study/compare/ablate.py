@@ -21,12 +21,13 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from moepp.model import InputError, count_parameters
-from moepp.study.compare.matrix import Matrix, Run, read_matrix, resolve
+from moepp.model import InputError, add_zero_computation, count_parameters
+from moepp.study.compare.matrix import Matrix, Run, Start, read_matrix, resolve
 from moepp.study.compare.runs import Workers, execute, visible_gpus
 from moepp.study.compare.speed import step_seconds
 from moepp.system.files import differences
 from moepp.text.data_module import TokenDataModule
+from moepp.training.checkpoint import checkpoint_of, load, write_checkpoint
 
 MOST = 1000  # seeds, or runs at once
 
@@ -65,7 +66,9 @@ def run(verb: str, arguments: list[str]) -> None:
             raise InputError(f"{name}: must be from 1 to {MOST}, got {settings[name]}")
     base = options.base or options.matrix.parent / str(settings.get("base"))
     out = options.out or Path("runs") / (options.matrix.stem + ("-quick" if options.quick else ""))
-    matrix = resolve(options.matrix, contents, base, overrides)
+    if options.quick and "start" in contents["quick"]:
+        contents["start"] = contents["quick"]["start"]
+    matrix = resolve(options.matrix, contents, base, overrides, out)
     runs = matrix.runs(settings["seeds"], out)
     refuse_changed_options(runs)
     if options.dry_run:
@@ -82,12 +85,28 @@ def run(verb: str, arguments: list[str]) -> None:
     with locked(out) as lock:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # it stops the runs as Ctrl-C does
         workers = Workers(jobs, matrix.devices, gpus, lock)
+        if matrix.start is not None:
+            starts = [matrix.start.run(seed) for seed in range(settings["seeds"])]
+            execute([run for run in starts if not run.finished], workers)
+            convert(matrix.start, [run for run in runs if not run.finished])
         execute([run for run in runs if not run.finished], workers)
         torch.set_num_threads(workers.threads)  # the speeds in the report are measured as the runs were trained
         failed = report.write(matrix, runs, out, command=shlex.join(["moepp", verb, *arguments]))
     if failed:
         print(f"moepp {verb}: {failed} of {len(runs)} runs failed; {out / 'report'} says why", file=sys.stderr)
         raise SystemExit(1)
+
+
+def convert(start: Start, runs: list[Run]) -> None:
+    """Write what the runs start from, where that is not the trained model itself."""
+    for run in runs:
+        trained, path = start.checkpoint(run.seed), Path(run.options["model"]["init_from"])
+        if trained != path and trained.is_file():
+            moe = run.variant.moe
+            added = moe.n_zero, moe.n_copy, moe.n_const
+            loaded = load(trained)
+            model = add_zero_computation(loaded.model, *added, run.variant.noise, run.seed)
+            write_checkpoint(path, checkpoint_of(model, loaded.meta["tokenizer"], loaded.meta["data"]))
 
 
 def refuse_changed_options(runs: list[Run]) -> None:

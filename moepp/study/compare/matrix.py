@@ -13,11 +13,20 @@ from moepp.model import InputError, MoEConfig, TransformerConfig, flops_per_toke
 from moepp.system.files import read_yaml
 from moepp.text.tokenizer import padded_vocab_size
 from moepp.training import lightning_cli
+from moepp.training.checkpoint import step_path
 
-PLOTS = ("curves", "tau", "constants")
+PLOTS = ("curves", "tau", "constants", "compute")
 # of a matrix's values
-TYPES = {"base": str, "reference": str, "seeds": int, "quick": dict, "sources": dict, "variants": dict}
-STUDY_KEYS = {"paper", "plots", "ffn_width"}  # of a variant; all its other keys are options of the run
+TYPES = {
+    "base": str,
+    "start": str,
+    "reference": str,
+    "seeds": int,
+    "quick": dict,
+    "sources": dict,
+    "variants": dict,
+}
+STUDY_KEYS = {"paper", "plots", "ffn_width", "noise"}  # of a variant; all its other keys are options of the run
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,7 @@ class Variant:
     resolve: Callable[[int], dict[str, Any]]  # seed → all options of `moepp fit`, as in a recipe
     paper: dict[str, dict[str, float]] = field(default_factory=dict)  # quantity → model size → value
     plots: tuple[str, ...] = ()
+    noise: float = 0.1  # of rows that conversion adds to the router (model/conversion.py)
 
     @cached_property
     def options(self) -> dict[str, Any]:
@@ -95,6 +105,25 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Start:
+    """A model that is trained from each seed first, and that every run of that seed goes on from.
+
+    A variant with zero-computation experts starts from what `add_zero_computation` makes of it.
+    """
+
+    variant: Variant
+    out: Path
+
+    def run(self, seed: int) -> Run:
+        return Run(self.variant, seed, self.out / "start" / f"seed{seed}")
+
+    def checkpoint(self, seed: int, name: str | None = None) -> Path:
+        """The trained model, or what the variant of that name starts from."""
+        folder = self.run(seed).folder
+        return step_path(folder, self.variant.steps) if name is None else folder / f"{name}.ckpt"
+
+
+@dataclass(frozen=True)
 class Matrix:
     """What is compared with what."""
 
@@ -102,6 +131,7 @@ class Matrix:
     variants: list[Variant]
     reference: Variant
     sources: dict[str, str]  # quantity → what the paper's figure is and where it stands
+    start: Start | None = None
 
     @property
     def devices(self) -> int:
@@ -139,6 +169,7 @@ def read_matrix(path: Path) -> dict[str, Any]:
         for plot in require_type(entry.get("plots", []), list, f"{where} plots"):
             if plot not in PLOTS:
                 raise InputError(f"{where} no plot {plot!r}: use {', '.join(PLOTS)}")
+        require_type(entry.get("noise", 0.0), (int, float), f"{where} noise")
         if require_type(entry.get("ffn_width", 1), int, f"{where} ffn_width") < 1:
             raise InputError(f"{where} ffn_width: must be at least 1")
         for quantity, figures in require_type(entry.get("paper", {}), dict, f"{where} paper").items():
@@ -154,16 +185,24 @@ def require_type(value: Any, kind: Any, name: str) -> Any:
     return value
 
 
-def resolve(path: Path, matrix: dict[str, Any], base: Path, overrides: list[str]) -> Matrix:
+def resolve(path: Path, matrix: dict[str, Any], base: Path, overrides: list[str], out: Path) -> Matrix:
     """Each variant over `overrides` over `base`, every option checked as `moepp fit` checks it.
+
+    `out` is the folder of the study.
 
     Raises:
         InputError: an option is wrong, or two variants are the same configuration.
     """
+    start = None
+    if "start" in matrix:
+        recipe = path.parent / matrix["start"]
+        start = Start(Variant("start", partial(fit_options, recipe, overrides, {}, None, "start")), out)
     variants: dict[str, Variant] = {}
     for name, entry in matrix["variants"].items():
-        options = partial(fit_options, base, overrides, entry)
-        variant = Variant(name, options, entry.get("paper", {}), tuple(entry.get("plots", ())))
+        options = partial(fit_options, base, overrides, entry, start, name)
+        variant = Variant(
+            name, options, entry.get("paper", {}), tuple(entry.get("plots", ())), entry.get("noise", 0.1)
+        )
         try:
             _ = variant.transformer, variant.moe  # their constructors refuse impossible values
         except InputError as error:
@@ -172,11 +211,14 @@ def resolve(path: Path, matrix: dict[str, Any], base: Path, overrides: list[str]
             if other.options == variant.options:
                 raise InputError(f"{path}: variants {other.name} and {name} are the same configuration")
         variants[name] = variant
-    return Matrix(path, list(variants.values()), variants[matrix["reference"]], matrix.get("sources", {}))
+    reference = variants[matrix["reference"]]
+    return Matrix(path, list(variants.values()), reference, matrix.get("sources", {}), start)
 
 
-def fit_options(base: Path, overrides: list[str], entry: dict[str, Any], seed: int) -> dict[str, Any]:
-    """What `moepp fit` would run with for a matrix's `entry`; later arguments win."""
+def fit_options(
+    base: Path, overrides: list[str], entry: dict[str, Any], start: Start | None, name: str, seed: int
+) -> dict[str, Any]:
+    """What `moepp fit` would run with for a matrix's `entry` of that name; later arguments win."""
     if not base.is_file():
         raise InputError(f"base: {base} does not exist")
     with tempfile.TemporaryDirectory() as folder:
@@ -189,6 +231,11 @@ def fit_options(base: Path, overrides: list[str], entry: dict[str, Any], seed: i
     for key, section in (("ckpt_path", options), ("trainer.default_root_dir", trainer)):
         if (value := section.pop(key.removeprefix("trainer."))) is not None:
             raise InputError(f"{key}: a study gives each run its own, so {value} cannot be set")
+    if start is not None:
+        vanilla = not MoEConfig(**options["model"]["moe"]).n_zero_computation
+        options["model"]["init_from"] = str(start.checkpoint(seed, None if vanilla else name))
+        if options["model"]["distill"]["teacher"] == "start":
+            options["model"]["distill"]["teacher"] = str(start.checkpoint(seed))
     options["model"]["transformer"]["intermediate_size"] *= entry.get("ffn_width", 1)
     # auto: the same run on any machine; more GPUs take more runs at once
     devices = "1" if trainer["devices"] == "auto" else str(trainer["devices"])
