@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
-from moepp.study.compare.results import PAIRED, Results
+from moepp.study.compare.results import PAIRED, REFERENCE, Results
 from moepp.study.style import BLACK, BLUE, COLOURS, GREY, ORANGE, interval_bars
 
 LEGEND = "mean over seeds and 95 % interval;\nblue or orange where it excludes zero"
@@ -72,6 +72,30 @@ def constants(results: Results) -> plt.Figure | None:
     axes.set_xticks(points.index)
     axes.set_xlabel(f"constant experts\n{LEGEND}")
     axes.set_ylabel(f"validation loss minus {reference}'s\n(nats per token; lower is better)")
+    return figure
+
+
+def compute(results: Results) -> plt.Figure | None:
+    """Loss relative to the reference's against FFN experts per token, and against the experts' measured speed."""
+    points = results.shown_in("compute")
+    points = points[points["speed_rounds"] > 0]
+    if len(points) < 2:
+        return None
+    figure, (by_ffn, by_speed) = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+    for axes, x in ((by_ffn, "ffn_experts_per_token"), (by_speed, "speed_expert_forward")):
+        for colour, (name, row) in zip(cycle(COLOURS), points.iterrows(), strict=False):
+            mean, low, high = (row[f"loss_difference{part}"] for part in PAIRED[:3])
+            if row["loss_difference_verdict"] == REFERENCE:
+                mean = low = high = 0.0
+            style: dict[str, Any] = {"color": colour, "fmt": "o", "capsize": 3, "label": name}
+            interval_bars(axes, row[x], mean, low, high, **style)
+        axes.axhline(0, color=BLACK, linewidth=1, linestyle="--")
+    reference = results.matrix.reference.name
+    by_ffn.set(
+        xlabel="FFN experts per token (left is cheaper)", ylabel=f"validation loss minus {reference}'s (nats)"
+    )
+    by_speed.set_xlabel("speed-up of the experts' forward (right is faster)")
+    by_ffn.legend()
     return figure
 
 

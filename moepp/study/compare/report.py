@@ -17,7 +17,7 @@ from moepp.study.compare.results import PAIRED, REFERENCE, Results, read_results
 from moepp.study.style import STYLE, save
 from moepp.training.metrics import BITS, FINAL
 
-PLOTS = (plots.differences, plots.curves, plots.constants, plots.tau)
+PLOTS = (plots.differences, plots.curves, plots.constants, plots.tau, plots.compute)
 Row = dict[str, Any]  # of `Results.variants`
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 from scipy import stats
 
 from moepp.model import InputError, TransformerConfig, count_parameters
-from moepp.study.compare.matrix import Matrix, Run, Variant
+from moepp.study.compare.matrix import Matrix, Run, Start, Variant
 from moepp.training.metrics import BITS, FFN, FFN_PER_TOKEN, FINAL, LOSS, STEP, TOKENS, VAL
 
 PAIRED = ("", "_low", "_high", "_p", "_verdict")  # of a difference's columns, what stands after `_difference`
@@ -57,6 +57,7 @@ def read_results(matrix: Matrix, runs: list[Run], speeds: dict[str, dict[str, fl
     by_run = pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(keys, names=["variant", "seed"]))
     rows = [
         compare(variant, matrix.reference, by_run, curves, speeds.get(variant.name, {}))
+        | ({} if matrix.start is None else {"largest_rise": largest_rise(matrix.start, curves[variant.name])})
         for variant in matrix.variants
         if curves[variant.name]
     ]
@@ -127,6 +128,11 @@ def compare(
     if variant is reference:
         row["loss_difference_verdict"] = row["equal_flops_loss_difference_verdict"] = REFERENCE
     return row
+
+
+def largest_rise(start: Start, curves: Curves) -> float:
+    """The most that any run's validation loss was above what it started from, over its whole way."""
+    return max(curve.loss.max() - read_curve(start.run(seed))[0].loss.iloc[-1] for seed, curve in curves.items())
 
 
 def at_equal_flops(ours: Curves, theirs: Curves) -> pd.DataFrame:

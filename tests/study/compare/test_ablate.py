@@ -224,7 +224,7 @@ def test_dry_run_lists_the_costs_and_does_nothing(
     printed = capsys.readouterr().out
     assert "from a measured step of vanilla" in printed
     cells = next(line.split() for line in printed.splitlines() if "vanilla" in line)
-    matrix = resolve(Path("m.yaml"), read_matrix(Path("m.yaml")), Path(MATRIX["base"]), command[3:])
+    matrix = resolve(Path("m.yaml"), read_matrix(Path("m.yaml")), Path(MATRIX["base"]), command[3:], Path("out"))
     assert cells[1:3] == ["1", "1"]  # to run, finished
     assert f"{matrix.reference.training_flops():.3g}" in cells
     assert sorted(study.rglob("*")) == before
@@ -316,4 +316,4 @@ def test_steps_done_reads_whole_lines_alone(tmp_path: Path) -> None:
 
 def compare_matrix(*overrides: str) -> Matrix:
     path = RECIPES / "compare.yaml"
-    return resolve(path, read_matrix(path), RECIPES / "moepp.yaml", list(overrides))
+    return resolve(path, read_matrix(path), RECIPES / "moepp.yaml", list(overrides), Path("out"))

@@ -14,7 +14,7 @@ from tests.conftest import RECIPES
 
 def load(name: str, overrides: list[str] | None = None) -> Matrix:
     contents = read_matrix(RECIPES / name)
-    return resolve(RECIPES / name, contents, RECIPES / contents["base"], overrides or [])
+    return resolve(RECIPES / name, contents, RECIPES / contents["base"], overrides or [], Path("out"))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_a_wrong_matrix_ends_in_one_line(tmp_path: Path, change: dict, words: st
     matrix = {"base": str(RECIPES / "moepp.yaml"), "reference": "a", "variants": {"a": {}}} | change
     path.write_text(yaml.safe_dump(matrix))
     with pytest.raises(InputError, match=words) as error:
-        resolve(path, read_matrix(path), path.parent / matrix["base"], [])
+        resolve(path, read_matrix(path), path.parent / matrix["base"], [], Path("out"))
     assert "\n" not in str(error.value)
 
 
