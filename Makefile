@@ -15,7 +15,7 @@ DATA_ARG := $(if $(DATA),--data.path='$(DATA)')
 BASE_ARG := $(if $(filter-out file,$(origin RECIPE)),--base=$(RECIPE))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data train compare ablate figures bench resume generate test soak lint
+.PHONY: help setup data train compare ablate convert figures bench resume generate test soak lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ compare: setup ## vanilla MoE against MoE++ over 3 seeds: a table, a report (ARG
 
 ablate: setup ## the same for the paper's ablations
 	$(MOEPP) ablate --matrix recipes/ablate.yaml $(BASE_ARG) $(DATA_ARG) $(ARGS)
+
+convert: setup ## a trained vanilla MoE into MoE++, four ways over 3 seeds: what it costs and saves (ARGS=--quick)
+	$(MOEPP) ablate --matrix recipes/convert.yaml $(DATA_ARG) $(ARGS)
 
 figures: setup ## what the router does: CKPT=…, or the newest checkpoint, on held-out text
 	$(MOEPP) figures $(if $(CKPT),--ckpt='$(CKPT)') $(DATA_ARG) $(ARGS)

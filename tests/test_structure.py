@@ -9,6 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "moepp"
 BELOW = {  # what a folder may import of the package, beside itself
     "model": set(),
+    "hf": {"model"},
     "system": {"model"},
     "text": {"model", "system"},
     "training": {"model", "system", "text"},
@@ -36,8 +37,10 @@ def test_imports_run_one_way(file: Path) -> None:
         package, _, rest = name.partition(".")
         if package == "moepp" and rest:
             assert rest.split(".")[0] in BELOW[folder] | {folder}, name
-        if folder == "text" and file.name != "data_module.py":
+        if folder == "hf" or (folder == "text" and file.name != "data_module.py"):
             assert package != "lightning"
+        if folder != "hf":
+            assert package != "transformers"
         others = {"compare": "figures", "figures": "compare"}
         if folder == "study" and deeper[0] in others:
             assert not name.startswith(f"moepp.study.{others[deeper[0]]}")

@@ -9,7 +9,7 @@ lets the bias rise (training/start.py).
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import require
 from .errors import InputError
@@ -72,16 +72,21 @@ def routers(model: nn.Module) -> list[Router]:
 def add_rows(old: Router, new: Router, noise: float) -> None:
     """Set the weights of `new`, which knows more experts, so that it routes as `old` does."""
     n_old, rows_ED = old.moe.n_experts, old.weights[0]
-    mean_D, std_D = rows_ED.mean(0), rows_ED.std(0, correction=0)
-    added_ED = new.weights[0][n_old:]
-    added_ED.copy_(mean_D + noise * std_D * torch.randn_like(added_ED))
     new.weights[0][:n_old] = rows_ED
+    new.weights[0][n_old:] = added_rows(rows_ED, new.moe.n_experts - n_old, noise)
     if new.residual is not None:
         new.residual.zero_()
         if old.residual is not None:
             new.residual[:n_old, :n_old] = old.residual
     if new.bias is not None:
         new.bias.fill_(SILENT)
+
+
+def added_rows(rows_ED: Tensor, n_added: int, noise: float, generator: torch.Generator | None = None) -> Tensor:
+    """(n_added, D) float32: a router's rows for further experts. The noise is drawn on the CPU."""
+    rows_ED = rows_ED.float()
+    noise_AD = torch.randn(n_added, rows_ED.shape[1], generator=generator).to(rows_ED.device)
+    return rows_ED.mean(0) + noise * rows_ED.std(0, correction=0) * noise_AD
 
 
 def set_bias(model: nn.Module, bias: float) -> None:

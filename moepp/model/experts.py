@@ -64,12 +64,18 @@ class FFNExperts(nn.Module):
         self.w_down = nn.Parameter(torch.empty(moe.n_ffn, D, H))  # (F, D, H)
 
     def forward(self, x_TD: Tensor, routing: Routing, terms: Terms | None = None) -> Tensor:
-        """(T, D): the gate-weighted sum of their outputs, and on top the `terms` of zero-computation experts."""
-        w_gate_up_FGD, w_down_FDH = self.w_gate_up.to(x_TD.dtype), self.w_down.to(x_TD.dtype)
-        if not use_grouped(x_TD, w_down_FDH):
-            return looped_experts(x_TD, routing, w_gate_up_FGD, w_down_FDH, *(terms or ()))
-        y_TD = grouped_experts(x_TD, routing, w_gate_up_FGD, w_down_FDH)
-        return y_TD if terms is None else y_TD + terms.value(x_TD)
+        return ffn_experts(x_TD, routing, self.w_gate_up, self.w_down, terms)
+
+
+def ffn_experts(
+    x_TD: Tensor, routing: Routing, w_gate_up_FGD: Tensor, w_down_FDH: Tensor, terms: Terms | None = None
+) -> Tensor:
+    """(T, D): the gate-weighted sum of their outputs, and on top the `terms` of zero-computation experts."""
+    w_gate_up_FGD, w_down_FDH = w_gate_up_FGD.to(x_TD.dtype), w_down_FDH.to(x_TD.dtype)
+    if not use_grouped(x_TD, w_down_FDH):
+        return looped_experts(x_TD, routing, w_gate_up_FGD, w_down_FDH, *(terms or ()))
+    y_TD = grouped_experts(x_TD, routing, w_gate_up_FGD, w_down_FDH)
+    return y_TD if terms is None else y_TD + terms.value(x_TD)
 
 
 def use_grouped(x_TD: Tensor, w_down_FDH: Tensor) -> bool:

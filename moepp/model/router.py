@@ -91,8 +91,9 @@ class Router(nn.Module):
         moe = self.moe
         dtype = torch.promote_types(x_BSD.dtype, torch.float32)
         with torch.autocast(x_BSD.device.type, enabled=False):
-            logits_TE = F.linear(x_BSD.flatten(0, 1).to(dtype), self.weights[0].to(dtype))
-            for weight in list(self.weights)[1:]:  # torch 2.11 cannot trace a slice of a ParameterList
+            first, *more = self.matrices()
+            logits_TE = F.linear(x_BSD.flatten(0, 1).to(dtype), first.to(dtype))
+            for weight in more:
                 logits_TE = F.linear(logits_TE.tanh(), weight.to(dtype))
             if self.residual is not None and previous_logits_TE is not None:
                 logits_TE = logits_TE + F.linear(previous_logits_TE, self.residual.to(dtype))
@@ -110,6 +111,10 @@ class Router(nn.Module):
                 kept_TK = balance.within_capacity(experts_TK.view(*x_BSD.shape[:2], -1), moe).flatten(0, 1)
                 gates_TK = gates_TK * kept_TK
         return Routing(logits_TE, experts_TK, gates_TK, scores_TE, kept_TK, moe)
+
+    def matrices(self) -> list[Tensor]:
+        """What makes logits of x, one after the other: (E, D), or (8E, D) and (E, 8E)."""
+        return list(self.weights)
 
     def choose(self, scores_TE: Tensor) -> Tensor:
         """(T, K): the experts of the highest scores, best first."""

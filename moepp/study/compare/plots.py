@@ -91,9 +91,8 @@ def compute(results: Results) -> plt.Figure | None:
             interval_bars(axes, row[x], mean, low, high, **style)
         axes.axhline(0, color=BLACK, linewidth=1, linestyle="--")
     reference = results.matrix.reference.name
-    by_ffn.set(
-        xlabel="FFN experts per token (left is cheaper)", ylabel=f"validation loss minus {reference}'s (nats)"
-    )
+    by_ffn.set_xlabel("FFN experts per token (left is cheaper)")
+    by_ffn.set_ylabel(f"validation loss minus {reference}'s\n(nats per token; lower is better)")
     by_speed.set_xlabel("speed-up of the experts' forward (right is faster)")
     by_ffn.legend()
     return figure

@@ -1,0 +1,48 @@
+"""The balance loss in a model of transformers, whose own knows nothing of τ."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moepp.model import InputError, mean_load_balance_loss
+
+from .modules import Pathway, SwappedBlock
+
+
+def balance_loss(model: nn.Module) -> Tensor:
+    """L_b of the last forward pass, the mean over layers: a scalar with a gradient, padding counted as well.
+
+    While `model` trains, β·L_b is in the loss that it returns. Add it yourself where you make your own loss of the
+    logits.
+
+    Raises:
+        InputError: `swap_moe` has not been here, or nothing has been computed since.
+    """
+    for module in model.modules():
+        pathway = getattr(module, "pathway", None)
+        if isinstance(pathway, Pathway) and pathway.routings:
+            return mean_load_balance_loss(pathway.routings)
+    raise InputError("balance_loss: no forward pass of a model that swap_moe has changed")
+
+
+def with_balance(
+    decoder: nn.Module, theirs: Callable[..., Tensor], logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """`theirs`, the loss function of `decoder`'s model, and while it trains β·L_b on top.
+
+    Trainer adds up the losses of a step's micro-batches. With `num_items_in_batch`, how many labels the step has,
+    each counts by its share of the labels, and so must its L_b; without, Trainer divides both. Either way a step's
+    loss has a mean of L_b, over processes as well.
+    """
+    loss = theirs(logits, labels, *args, **kwargs)
+    if not decoder.training:
+        return loss
+    beta = next(block.moe for block in decoder.modules() if isinstance(block, SwappedBlock)).balance_weight
+    share: Tensor | float = 1.0
+    if (n_items := kwargs.get("num_items_in_batch")) is not None:
+        shifted = kwargs.get("shift_labels")
+        n_here = (labels[..., 1:] if shifted is None else shifted).ne(-100).sum()
+        share = n_here / torch.as_tensor(n_items, device=n_here.device)
+    return loss + beta * share * balance_loss(decoder)
