@@ -1,11 +1,16 @@
-"""The command line, before it is parsed: recipes that build on others, and `--ckpt_path last`."""
+"""The command line: recipes that build on others, `--ckpt_path last`, and errors of one line."""
 
+import re
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
 
 from moepp.model import InputError
 from moepp.system.files import read_yaml
 from moepp.training.checkpoint import newest_checkpoint
+from moepp.training.option_names import did_you_mean
 from moepp.training.run_folder import newest_config
 
 
@@ -60,3 +65,24 @@ def with_bases(path: Path) -> list[Path]:
             raise InputError(f"{chain[0]}: its bases go round in a circle")
         chain.insert(0, base)
     return chain
+
+
+class OneLineParser(LightningArgumentParser):
+    """Reports an error as one line (InputError), where argparse prints its usage as well."""
+
+    def __init__(self, *args: Any, description: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, description=description or "", **kwargs)  # Lightning's names its own tool
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().parse_args(*args, **kwargs)
+        except RecursionError as error:
+            raise InputError("an option's value is nested too deep, or holds itself") from error
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        line = re.sub(r"^Call to compute_fn of link .* failed: ", "", " ".join(str(message).split()))
+        if unknown := re.search(r"(?:unrecognized arguments: --|not accept option ['\"])([\w.]+)", line, re.I):
+            choices = [action.choices for action in self._actions if isinstance(action.choices, dict)]
+            parsers = [self, *(parser for verbs in choices for parser in verbs.values())]
+            line += did_you_mean(unknown[1], [action.dest for parser in parsers for action in parser._actions])
+        raise InputError(line)

@@ -19,8 +19,8 @@ from moepp.model.weights import read_json
 from moepp.text.prepare import prepare as prepare_text
 from moepp.text.token_files import TokenFiles
 from moepp.text.tokenizer import END_OF_TEXT, load_tokenizer
+from moepp.training.arguments import OneLineParser
 from moepp.training.checkpoint import checkpoint_of, load, newest_checkpoint, write_checkpoint
-from moepp.training.lightning_cli import OneLineParser
 
 
 def run(verb: str, arguments: list[str]) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning as L
 import torch
@@ -24,13 +24,13 @@ from moepp.model.config import require
 from moepp.system.machine import default_precision, device_name, keep_freed_memory, quiet_lightning
 from moepp.text.data_module import TokenDataModule
 from moepp.text.tokenizer import padded_vocab_size
-from moepp.training.arguments import expand_bases, expand_last, value_of
+from moepp.training.arguments import OneLineParser, expand_bases, expand_last, value_of
 from moepp.training.bad_steps import BadSteps
 from moepp.training.checkpoint import CheckpointFiles, read_checkpoint
 from moepp.training.csv_log import CSVLog
 from moepp.training.module import LitMoE
 from moepp.training.monitor import Monitor
-from moepp.training.option_names import CLASSES, did_you_mean
+from moepp.training.option_names import CLASSES
 from moepp.training.run_folder import RunFolder, say
 from moepp.training.saving import Checkpoints, StopOnSignal
 from moepp.training.start import described_in
@@ -100,27 +100,6 @@ def parse(cli: type["MoECLI"], verb: str, arguments: list[str]) -> "MoECLI":
         if (missing := re.search(r"Requirement '.*", str(error))) is None:
             raise
         raise InputError(missing[0]) from error
-
-
-class OneLineParser(LightningArgumentParser):
-    """Reports an error as one line (InputError), where argparse prints its usage as well."""
-
-    def __init__(self, *args: Any, description: str | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, description=description or "", **kwargs)  # Lightning's names its own tool
-
-    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().parse_args(*args, **kwargs)
-        except RecursionError as error:
-            raise InputError("an option's value is nested too deep, or holds itself") from error
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        line = re.sub(r"^Call to compute_fn of link .* failed: ", "", " ".join(str(message).split()))
-        if unknown := re.search(r"(?:unrecognized arguments: --|not accept option ['\"])([\w.]+)", line, re.I):
-            choices = [action.choices for action in self._actions if isinstance(action.choices, dict)]
-            parsers = [self, *(parser for verbs in choices for parser in verbs.values())]
-            line += did_you_mean(unknown[1], [action.dest for parser in parsers for action in parser._actions])
-        raise InputError(line)
 
 
 class MoECLI(LightningCLI):

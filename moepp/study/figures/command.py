@@ -16,8 +16,8 @@ from moepp.study.figures.parts_of_speech import PartsOfSpeech, fetch_lexicon, to
 from moepp.study.figures.read_text import read_text
 from moepp.study.figures.routing_stats import RoutingCounts
 from moepp.text.held_out import TextOptions, open_held_out
+from moepp.training.arguments import OneLineParser
 from moepp.training.checkpoint import load, newest_checkpoint
-from moepp.training.lightning_cli import OneLineParser
 
 
 @dataclass(frozen=True)
