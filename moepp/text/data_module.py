@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from moepp.model.errors import InputError
-from moepp.text.batches import Batch, EpochSampler, HeldOutBatches, TrainBatches, TrainOrder
+from moepp.text.batches import EpochSampler, HeldOutBatches, TrainBatches, TrainOrder
 from moepp.text.prepare import check_options, check_range, prepare
 from moepp.text.token_files import TokenFiles
 from moepp.text.tokenizer import padded_vocab_size
@@ -76,16 +76,11 @@ class TokenDataModule(L.LightningDataModule):
                 f"{padded_vocab_size(self.vocab_size)}: set data.vocab_size={files.meta['padded_vocab_size']}"
             )
         self.files = files
-        tokens = len(files.train)
-        if tokens <= self.seq_len:
-            raise InputError(
-                f"{self.path} has {tokens} training tokens, fewer than one sequence of {self.seq_len} + 1: "
-                "give more text or lower data.seq_len"
-            )
-        if self.order().batches == 0:
+        if (tokens := len(files.train)) <= self.seq_len or self.order().batches == 0:
             raise InputError(
                 f"{self.path} has {tokens} training tokens, too few for one batch of {self.batch_size} x "
-                f"{self.world_size} sequences of {self.seq_len}: give more text or lower data.batch_size"
+                f"{self.world_size} sequences of {self.seq_len} + 1: give more text, or lower data.batch_size or "
+                "data.seq_len"
             )
 
     def train_dataloader(self) -> DataLoader:
@@ -101,23 +96,7 @@ class TokenDataModule(L.LightningDataModule):
         batches = HeldOutBatches(self.files, self.seq_len, self.batch_size, self.rank, self.world_size)
         return DataLoader(batches, **self.loader_options())
 
-    def test_dataloader(self) -> DataLoader:
-        """The validation batches: there is no third part of the text."""
-        return self.val_dataloader()
-
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Refuse a token that the embedding has no row for: a GPU would only say that some assertion failed.
-
-        Raises:
-            InputError: the token files are damaged.
-        """
-        largest = int(max(batch["inputs"].max(), batch["targets"].max()))
-        if largest >= self.files.meta["padded_vocab_size"]:
-            raise InputError(
-                f"{self.files.path} is damaged: it holds token {largest}, and its vocabulary ends at "
-                f"{self.files.meta['padded_vocab_size'] - 1}; delete the folder and prepare the text anew"
-            )
-        return batch
+    test_dataloader = val_dataloader  # there is no third part of the text
 
     def folder(self, progress: bool) -> Path:
         if Path(self.path, "meta.json").is_file():

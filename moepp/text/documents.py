@@ -3,27 +3,24 @@
 Nothing here holds more than a piece of a file at a time, so that files larger than memory stream through.
 """
 
-import codecs
 import gzip
 import io
 import json
 import platform
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from moepp.model.errors import InputError
-from moepp.text.corpus_list import Wheel, read_list
+from moepp.text.corpus_list import read_list
 
 Document = tuple[str, str]  # domain, text
 
 PIECE = 65_536  # characters: a text file longer than this counts as several documents
-BLOCK = 1 << 17  # bytes read at a time
 TEXT_FILE = re.compile(r"\.(txt|md|jsonl)(\.gz|\.zst)?\Z", re.IGNORECASE)  # how its name ends
+HALF_PAIR = re.compile("[\ud800-\udfff]")  # no character; in a name it stands for a byte that was none
 TEXT_FILES = ".txt, .md, .jsonl (with .gz or .zst, if you like)"
 
 
@@ -35,14 +32,12 @@ class Source:
         name: short, for the name of the folder with the token files.
         fingerprint: JSON-able; costs no reading, and changes when the text may have changed.
         size: bytes that there will be, about; None where nobody knows.
-        wheels: what must be fetched before `documents` is called.
         documents: starts a new stream of (domain, text); no text is empty, lines end in `\\n`.
     """
 
     name: str
     fingerprint: dict[str, Any]
     size: int | None
-    wheels: list[Wheel]
     documents: Callable[[], Iterator[Document]]
 
 
@@ -69,7 +64,7 @@ def open_source(path: str) -> Source:
     if root.suffix in (".yaml", ".yml"):
         return open_list(root)
     if is_text_file(root):
-        return open_files(root, stem(root), [(stem(root), root)])
+        return open_files(stem(root), [(stem(root), root)])
     raise InputError(f"{path} is none of {TEXT_FILES} or .yaml")
 
 
@@ -84,15 +79,13 @@ def open_list(path: Path) -> Source:
             for text in cleaned(domain.documents()):
                 yield domain.name, text
 
-    return Source(path.stem, fingerprint, None, [d.wheel for d in domains if d.wheel is not None], documents)
+    return Source(path.stem, fingerprint, None, documents)
 
 
 def open_hub(path: str) -> Source:
+    import datasets  # few have it
+
     dataset, _, configuration = path.removeprefix("hf:").partition(":")
-    try:
-        import datasets
-    except ImportError:
-        raise InputError(f"{path} needs the library datasets: pip install datasets") from None
     name = dataset.rsplit("/", 1)[-1]
 
     def documents() -> Iterator[Document]:
@@ -105,7 +98,7 @@ def open_hub(path: str) -> Source:
         except Exception as error:  # whatever the library, the network or the data set comes up with
             raise InputError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 
-    return Source(name, {"hub": path}, None, [], documents)
+    return Source(name, {"hub": path}, None, documents)
 
 
 def open_folder(root: Path) -> Source:
@@ -121,45 +114,12 @@ def open_folder(root: Path) -> Source:
             return file.relative_to(root).parts[0]
         return stem(file) if one_each else name
 
-    return open_files(root, name, [(domain(file), file) for file in files])
+    return open_files(name, [(domain(file), file) for file in files])
 
 
-def open_labelled(path: str, labels: str) -> Source:
-    """A folder whose files have the domains that a label file gives them, wherever they lie.
-
-    Args:
-        path: the folder.
-        labels: a text file with a line for each file: its path within the folder, a tab, its domain.
-
-    Raises:
-        InputError: no such folder or label file, or the two do not match; names the line or the file.
-    """
-    root = Path(path)
-    if not root.is_dir():
-        raise InputError(f"{path} is no folder: labels ({labels}) belong to the files of a folder")
-    if not Path(labels).is_file():
-        raise InputError(f"data.labels: {labels} does not exist")
-    files = [file for file in text_files(root) if file.resolve() != Path(labels).resolve()]
-    domains: dict[Path, str] = {}
-    for number, line in enumerate(lines(characters(Path(labels))), 1):
-        name, _, domain = (part.strip() for part in line.partition("\t"))
-        if not line.strip():
-            continue
-        if not domain:
-            raise InputError(f"{labels}, line {number}: must be a file, a tab and its domain, not {line!r}")
-        if root / name not in files:
-            raise InputError(f"{labels}, line {number}: {root} has no text file {name}")
-        domains[root / name] = domain
-    if missing := [file for file in files if file not in domains]:
-        raise InputError(f"{labels} has no line for {missing[0].relative_to(root)}, one of {len(missing)} files")
-    return open_files(root, root.resolve().name, [(domains[file], file) for file in files])
-
-
-def open_files(root: Path, name: str, files: list[tuple[str, Path]]) -> Source:
+def open_files(name: str, files: list[tuple[str, Path]]) -> Source:
     stats = [file.stat() for _, file in files]
     size = sum(stat.st_size for stat in stats)
-    if size == 0:
-        raise InputError(f"{root} is empty: give it some text")
     # a short text alone must still be cut, or nothing of it could be held out for validation
     piece = PIECE if len(files) > 1 else min(PIECE, max(1024, size // 50))
 
@@ -172,7 +132,7 @@ def open_files(root: Path, name: str, files: list[tuple[str, Path]]) -> Source:
         [domain, str(file.resolve()), stat.st_size, stat.st_mtime_ns]
         for (domain, file), stat in zip(files, stats, strict=True)
     ]
-    return Source(name, {"files": found}, size, [], documents)
+    return Source(name, {"files": found}, size, documents)
 
 
 def text_files(root: Path) -> list[Path]:
@@ -184,7 +144,7 @@ def text_files(root: Path) -> list[Path]:
     ]
     if not files:
         raise InputError(f"{root} holds no {TEXT_FILES}")
-    if odd := [file for file in files if not is_utf8(str(file))]:
+    if odd := [file for file in files if HALF_PAIR.search(str(file))]:
         raise InputError(f"{str(odd[0])!r} is a name that is not UTF-8: rename it")
     return files
 
@@ -208,91 +168,44 @@ def read_file(file: Path, piece: int = PIECE) -> Iterator[str]:
     """The documents of one file: the lines of a `.jsonl`, else pieces of up to about `piece` characters.
 
     Raises:
-        InputError: names the file, and the byte (of the unpacked text) or the line that is wrong.
+        InputError: names the file, and the line or what is near the bytes that are wrong.
     """
-    text = characters(file)
     try:
-        yield from cleaned(json_lines(text, file) if is_jsonl(file) else pieces(text, piece))
-    except (EOFError, OSError, zlib.error) as error:
+        with open_text(file) as text:
+            yield from cleaned(json_lines(text, file) if is_jsonl(file) else pieces(text, piece))
+    except (InputError, ModuleNotFoundError):
+        raise
+    except UnicodeDecodeError as error:
+        near = error.object[max(0, error.start - 20) : error.start + 20]
+        raise InputError(f"{file} is not UTF-8 near {near!r}: convert it, as with iconv -t UTF-8") from None
+    except Exception as error:  # each way to unpack has its own
         raise InputError(f"{file} is damaged, cut off or not yours to read ({error}): get it again") from error
 
 
-def blocks(file: Path) -> Iterator[bytes]:
-    """The bytes of a file, unpacked by the last part of its name."""
-    with file.open("rb") as raw:
-        if file.suffix.lower() == ".zst":
-            yield from unpack_zst(raw)
-        else:
-            stream = gzip.GzipFile(fileobj=raw) if file.suffix.lower() == ".gz" else raw
-            while block := stream.read(BLOCK):
-                yield block
+def open_text(file: Path) -> TextIO:
+    """A file, unpacked by the last part of its name, with `\\n` as the only line end."""
+    stream: Any = gzip.GzipFile(file) if file.suffix.lower() == ".gz" else file.open("rb")
+    if file.suffix.lower() == ".zst":
+        import zstandard  # few have such files
+
+        unpack = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        stream = unpack.stream_reader(stream, read_across_frames=True)  # zstandard.open stops after the first
+    return io.TextIOWrapper(stream, encoding="utf-8")
 
 
-def unpack_zst(raw: io.BufferedReader) -> Iterator[bytes]:
-    """As `zstandard.open`, which however takes a file that was cut off for a whole one."""
-    import zstandard  # few have such files
-
-    frame = None
-    while block := raw.read(BLOCK):
-        while block:
-            frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            try:
-                if unpacked := frame.decompress(block):
-                    yield unpacked
-            except zstandard.ZstdError as error:
-                raise OSError(error) from error
-            block = frame.unused_data
-            if frame.eof:  # another frame may follow
-                frame = None
-    if frame is not None:
-        raise EOFError("the last frame has no end")
-
-
-def characters(file: Path) -> Iterator[str]:
-    """The text of a file, a block at a time, with `\\n` as the only line end."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    line_ends = io.IncrementalNewlineDecoder(decoder, translate=True)
-    position = 0
-    for block in chain(blocks(file), [b""]):
-        try:
-            yield line_ends.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            # what was decoded begins with the part of a character that the last block ended in
-            at = position + len(block) - len(error.object) + error.start
-            raise InputError(
-                f"{file} is not UTF-8 at byte {at}: convert it, for example with iconv -t UTF-8"
-            ) from None
-        position += len(block)
-
-
-def pieces(texts: Iterable[str], size: int) -> Iterator[str]:
-    """Cut a stream into pieces of size/2 to size characters: after a blank line, else a line, else anywhere."""
-    rest = ""
-    for text in texts:
-        rest += text
-        start = 0
-        while len(rest) - start > size:
-            end = start + size
-            for mark in ("\n\n", "\n"):
-                if (found := rest.rfind(mark, start + size // 2, end)) >= 0:
-                    end = found + len(mark)
-                    break
-            yield rest[start:end]
-            start = end
-        rest = rest[start:]
+def pieces(text: TextIO, size: int) -> Iterator[str]:
+    """Cut a text into pieces of size/2 to size characters: after a blank line, else a line, else anywhere."""
+    rest = text.read(size + 1)
+    while len(rest) > size:
+        after = (found + len(mark) for mark in ("\n\n", "\n") if (found := rest.rfind(mark, size // 2, size)) >= 0)
+        end = next(after, size)
+        yield rest[:end]
+        rest = rest[end:] + text.read(end)
     yield rest
 
 
-def lines(texts: Iterable[str]) -> Iterator[str]:
-    rest = ""
-    for text in texts:
-        *whole, rest = (rest + text).split("\n")
-        yield from whole
-    yield rest
-
-
-def json_lines(texts: Iterable[str], file: Path) -> Iterator[str]:
-    for number, line in enumerate(lines(texts), 1):
+def json_lines(text: TextIO, file: Path) -> Iterator[str]:
+    for number, line in enumerate(text, 1):
         where = f"{file}, line {number}"
         if not line.strip():
             continue
@@ -308,18 +221,9 @@ def text_of(row: Any, where: str) -> str:
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise InputError(f'{where} has no "text": each document must be an object like {{"text": "..."}}')
-    if not is_utf8(text):
+    if HALF_PAIR.search(text):
         raise InputError(f"{where} holds half of a surrogate pair, which is no character: remove it")
     return text
-
-
-def is_utf8(text: str) -> bool:
-    """Whether it can be written as UTF-8: half of a surrogate pair stands for a byte that was none."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def cleaned(texts: Iterable[str]) -> Iterator[str]:

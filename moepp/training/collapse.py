@@ -1,4 +1,4 @@
-"""Has the router collapsed? It is said once, with what to try."""
+"""Has the router collapsed? Where it lasts, it is said, with what to try."""
 
 from torch import Tensor
 
@@ -8,29 +8,28 @@ PATIENCE = 5  # looks in a row; by chance alone a kind with few tokens is withou
 NEARLY_ALL = 0.9  # of the tokens
 
 
-class CollapseWatch:
-    """Looks at how often each expert was chosen, whenever metrics are logged."""
+def watch(
+    looks: dict[str, int], tokens_per_expert_LE: Tensor, n_tokens: float, moe: MoEConfig
+) -> tuple[dict[str, int], list[str]]:
+    """Look at how often each expert was chosen, whenever metrics are logged.
 
-    def __init__(self) -> None:
-        self.looks: dict[str, int] = {}  # how many in a row saw it; PATIENCE or more: it was said
+    Args:
+        looks: how many in a row saw each symptom.
+        tokens_per_expert_LE: assignments in each layer since the last look.
+        n_tokens: tokens since the last look.
+        moe: the layers' configuration.
 
-    def look(self, tokens_per_expert_LE: Tensor, n_tokens: float, moe: MoEConfig) -> list[str]:
-        """What there is to warn of now, a line each.
-
-        Args:
-            tokens_per_expert_LE: assignments in each layer since the last look.
-            n_tokens: tokens since the last look.
-            moe: the layers' configuration.
-        """
-        seen = symptoms(tokens_per_expert_LE, n_tokens, moe)
-        kept = {what: looks for what, looks in self.looks.items() if what in seen or looks >= PATIENCE}
-        self.looks = kept | {what: kept.get(what, 0) + 1 for what in seen}
-        return [
-            f"the router seems to have collapsed: {line}, {PATIENCE} logs in a row; try a larger "
-            "model.moe.balance_weight, a lower model.optim.lr or more model.optim.warmup_steps"
-            for what, line in seen.items()
-            if self.looks[what] == PATIENCE
-        ]
+    Returns:
+        `looks` for the next time, and what there is to warn of now, a line each.
+    """
+    seen = symptoms(tokens_per_expert_LE, n_tokens, moe)
+    looks = {what: looks.get(what, 0) + 1 for what in seen}
+    return looks, [
+        f"the router seems to have collapsed: {line}, {PATIENCE} logs in a row; try a larger "
+        "model.moe.balance_weight, a lower model.optim.lr or more model.optim.warmup_steps"
+        for what, line in seen.items()
+        if looks[what] == PATIENCE
+    ]
 
 
 def symptoms(tokens_per_expert_LE: Tensor, n_tokens: float, moe: MoEConfig) -> dict[str, str]:

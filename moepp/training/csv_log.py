@@ -55,11 +55,9 @@ class CSVLog(Logger):
             self.rewrite()
             return
         with self.path.open("r+b") as file:
-            if known_step:
-                file.seek(self.last_row_at)
-                file.truncate()
-            else:
-                self.last_row_at = file.seek(0, os.SEEK_END)
+            end = file.seek(0, os.SEEK_END)
+            self.last_row_at = file.truncate(self.last_row_at if known_step else end)
+            file.seek(self.last_row_at)
             file.write(self.line(self.rows[step]))
 
     @rank_zero_only

@@ -32,7 +32,7 @@ from moepp.training.module import LitMoE
 from moepp.training.monitor import Monitor
 from moepp.training.option_names import CLASSES
 from moepp.training.run_folder import RunFolder, say
-from moepp.training.saving import Checkpoints, StopOnSignal
+from moepp.training.saving import Checkpoints
 from moepp.training.start import described_in
 from moepp.training.summary import Summary
 
@@ -209,7 +209,7 @@ class MoECLI(LightningCLI):
         plugins = as_list(config["plugins"])
         if config["enable_checkpointing"] is not False and not config["fast_dev_run"]:
             self.checkpoints = Checkpoints(**self._get(self.config_init, "checkpoints"))
-            callbacks += [StopOnSignal(self.checkpoints), self.checkpoints]
+            callbacks.append(self.checkpoints)
             plugins = [CheckpointFiles(), *plugins]
         given = as_list(config["callbacks"])
         own_bar = any(isinstance(callback, ProgressBar) for callback in given)

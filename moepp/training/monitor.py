@@ -11,7 +11,7 @@ from torch import Tensor
 from moepp.model import flops_per_token
 from moepp.system.machine import peak_flops
 from moepp.training.bad_steps import BadSteps
-from moepp.training.collapse import CollapseWatch
+from moepp.training.collapse import watch
 from moepp.training.metrics import BITS, CROSS_ENTROPY, FFN_PER_TOKEN, LOSS, MFU, TOKENS, TOKENS_PER_SECOND, VAL
 from moepp.training.module import LitMoE
 from moepp.training.run_folder import say
@@ -31,16 +31,13 @@ class Monitor(L.Callback):
         self.logged_step = self.tokens = 0
         self.clock = 0.0  # since when, but for validations, the tokens at hand were trained on
         self.validating_since: float | None = None
-        self.watch = CollapseWatch()
+        self.watch: dict[str, int] = {}  # signs of a collapse, and how long they have been there
 
     def state_dict(self) -> dict[str, Any]:
-        counts = {"logged_step": self.logged_step, "tokens": self.tokens}
-        return counts | {"sums": dict(self.sums), "watch": self.watch.looks}
+        return {name: getattr(self, name) for name in ("logged_step", "tokens", "sums", "watch")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.sums, self.logged_step = dict(state_dict["sums"]), state_dict["logged_step"]
-        self.tokens = state_dict["tokens"]
-        self.watch.looks = state_dict["watch"]
+        vars(self).update(state_dict)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LitMoE) -> None:  # type: ignore[override]
         self.clock, self.begun, self.begun_step = time.perf_counter(), time.perf_counter(), trainer.global_step
@@ -105,7 +102,8 @@ class Monitor(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
         self.print_status(trainer, metrics, model.moe.top_k)
-        for warning in self.watch.look(counts_LE, n_tokens, model.moe):
+        self.watch, warnings = watch(self.watch, counts_LE, n_tokens, model.moe)
+        for warning in warnings:
             say(trainer, warning)
         self.sums, self.logged_step = {}, trainer.global_step
         self.clock, self.tokens_before = time.perf_counter(), 0.0

@@ -5,6 +5,7 @@ import difflib
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 CLASSES = {  # what the options of a section are the fields or arguments of
     "trainer": ("lightning/pytorch/trainer/trainer.py", "Trainer"),
@@ -39,9 +40,7 @@ def did_you_mean(name: str, known: list[str], section: str = "") -> str:
 @cache
 def names_in(section: str) -> list[str]:
     file, class_name = CLASSES[section]
-    package = find_spec(file.partition("/")[0])
-    assert package is not None
-    assert package.origin is not None
+    package: Any = find_spec(file.partition("/")[0])
     tree = ast.parse(Path(package.origin).parents[1].joinpath(file).read_text(encoding="utf-8"))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
     for node in body:

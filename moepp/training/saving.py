@@ -23,6 +23,10 @@ class Checkpoints(Checkpoint):
 
     best.ckpt, the one with the lowest validation loss, is a second name (a hard link) of its step's file.
 
+    Ctrl-C and SIGTERM (a cluster's pre-emption) end a run with one, too, after the optimizer step at hand, as
+    gradients that are half accumulated are in no checkpoint. The exit code is then 130 (Ctrl-C) or 143 (SIGTERM).
+    A second signal is obeyed at once.
+
     Args:
         keep: how many of the last ones stay. With two or more, a damaged one has one before it.
         every_n_steps: write one that often as well, for runs that validate seldom.
@@ -34,6 +38,8 @@ class Checkpoints(Checkpoint):
         self.keep, self.every_n_steps = keep, every_n_steps
         self.best_loss, self.best_step = float("inf"), -1
         self.validation_due = False  # written after a step, before the validation that belongs to it
+        self.received: signal.Signals | None = None
+        self.before: dict[signal.Signals, Any] = {}  # handlers
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("best_loss", "best_step", "validation_due")}
@@ -42,6 +48,8 @@ class Checkpoints(Checkpoint):
         vars(self).update(state_dict)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # when it is through, Lightning brings back those from before the run
+        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
         if trainer.is_global_zero:
             for path in step_checkpoints(Path(trainer.default_root_dir)):
                 if step_of(path) > trainer.global_step:  # damaged: this run goes on from the one before
@@ -51,9 +59,16 @@ class Checkpoints(Checkpoint):
             validate(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        every = self.every_n_steps
-        if every and trainer.global_step % every == 0 and not within_step(trainer):
+        if within_step(trainer):
+            return
+        if self.received_anywhere(trainer):
+            self.leave(trainer, validation_is_due(trainer))
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
             self.save(trainer, validation_is_due(trainer))
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if self.received_anywhere(trainer):
+            self.leave(trainer, validation_due=True)  # begun anew by the run that goes on from here
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
@@ -91,42 +106,17 @@ class Checkpoints(Checkpoint):
                 shutil.copyfile(path, beside)
             os.replace(beside, path.with_name("best.ckpt"))
 
-
-class StopOnSignal(L.Callback):
-    """Ctrl-C and SIGTERM (a cluster's pre-emption) end a run with a checkpoint that it can be continued from.
-
-    Finishes the optimizer step at hand, as gradients that are half accumulated are in no checkpoint, and leaves
-    with exit code 130 (Ctrl-C) or 143 (SIGTERM). A second signal is obeyed at once.
-    """
-
-    def __init__(self, checkpoints: Checkpoints) -> None:
-        self.checkpoints = checkpoints
-        self.received: signal.Signals | None = None
-        self.before: dict[signal.Signals, Any] = {}
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # when it is through, Lightning brings back those from before the run
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
-
     def receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
         for each, handler in self.before.items():
             signal.signal(each, handler)
-
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if not within_step(trainer) and self.received_anywhere(trainer):
-            self.leave(trainer, validation_is_due(trainer))
-
-    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if self.received_anywhere(trainer):
-            self.leave(trainer, validation_due=True)  # begun anew by the run that goes on from here
 
     def received_anywhere(self, trainer: L.Trainer) -> bool:
         """Several devices must leave at the same step, whichever of them was told first."""
         return trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
 
     def leave(self, trainer: L.Trainer, validation_due: bool) -> NoReturn:
-        path = self.checkpoints.save(trainer, validation_due)
+        path = self.save(trainer, validation_due)
         told = self.received or signal.SIGTERM
         say(trainer, f"stopped by {told.name} after step {trainer.global_step}: {path} is written")
         raise SystemExit(128 + told)

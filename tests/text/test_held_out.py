@@ -14,9 +14,9 @@ from tests.text.conftest import one_line
 S = 16
 
 
-def opened(files: TokenFiles, path: str | None = None, labels: str | None = None) -> HeldOut:
+def opened(files: TokenFiles, path: str | None = None) -> HeldOut:
     trained = {"tokenizer": files.tokenizer_json, "data_hash": files.meta["data_hash"]}
-    return open_held_out(TextOptions(path, labels, str(files.path.parent)), trained, files.tokenizer, S)
+    return open_held_out(TextOptions(path, str(files.path.parent)), trained, files.tokenizer, S)
 
 
 def joined(text: HeldOut) -> dict[str, list[int]]:
@@ -54,9 +54,10 @@ def test_of_other_text_all_of_it(folder: str, tmp_path: Path) -> None:
         for name, documents in texts.items()
     }
     assert joined(opened(files, str(tmp_path))) == tokens
-    labels = tmp_path / "labels.tsv"
-    labels.write_text("x.jsonl\tboth\n\ny.jsonl\tboth\n")
-    assert joined(opened(files, str(tmp_path), str(labels))) == {"both": tokens["x"] + tokens["y"]}
+    for name in texts:
+        (tmp_path / "both").mkdir(exist_ok=True)
+        (tmp_path / f"{name}.jsonl").rename(tmp_path / "both" / f"{name}.jsonl")
+    assert joined(opened(files, str(tmp_path))) == {"both": tokens["x"] + tokens["y"]}
 
 
 def test_token_files_of_another_tokenizer_and_text_that_is_gone(folder: str, tmp_path: Path) -> None:
@@ -64,5 +65,5 @@ def test_token_files_of_another_tokenizer_and_text_that_is_gone(folder: str, tmp
     trained = {"tokenizer": files.tokenizer_json + " ", "data_hash": "0" * 64}
     for path, message in ((folder, "another tokenizer"), (None, f"is not in {tmp_path}")):
         with pytest.raises(InputError) as error:
-            open_held_out(TextOptions(path, None, str(tmp_path)), trained, files.tokenizer, S)
+            open_held_out(TextOptions(path, str(tmp_path)), trained, files.tokenizer, S)
         one_line(error, message)

@@ -64,8 +64,8 @@ def snapshot() -> dict[str, bytes]:
         ("--data.vocab_size=1000000000000", "vocab_size: must lie between"),
         ("--trainer.max_step=1", "unrecognized arguments: --trainer.max_step=1 (did you mean trainer.max_steps?)"),
         ("--trainer.log_every_n_steps=0", "trainer.log_every_n_steps: must be at least 1, got 0"),
-        ("--data.num_workers=1000000", "data.num_workers must be at most 1024"),
-        ("--data.seed=9223372036854775808", "data.seed must be at most"),
+        ("--data.num_workers=1000000", "data.num_workers: must be a whole number from 0 to 1024"),
+        ("--data.seed=9223372036854775808", "data.seed: must be a whole number from 0 to"),
         ("--data.path=\udcff.txt", "is not UTF-8"),
     ],
 )
@@ -77,7 +77,7 @@ def test_recipes(text_file: Path, workdir: Path, capsys) -> None:
     for text, message in {
         "model: {moe: {taus: 1}}": "model.moe.taus",
         "model: [": "is not YAML",
-        "base: nowhere.yaml": "nowhere.yaml does not exist",
+        "base: nowhere.yaml": "File does not exist: '",
         "base: bad.yaml": "go round in a circle",
         f"base: ../{Path.cwd().name}/bad.yaml": "go round in a circle",
         "trainer:\ndata: {seed: 1}": "trainer: holds no options but None",
@@ -88,7 +88,7 @@ def test_recipes(text_file: Path, workdir: Path, capsys) -> None:
         "a: 2020-13-45": "bad.yaml: is not YAML: month must be in 1..12",
         "a: !!int x": "bad.yaml: is not YAML: invalid literal",
         "[" * 5000: "bad.yaml: is not YAML: maximum recursion depth",
-        'base: "\\0.yaml"': ".yaml does not exist",
+        'base: "\\0.yaml"': "File does not exist: '",
         "data: {seq_len: '${model.transformer.width}'}": "width",
     }.items():
         Path("bad.yaml").write_text(text)
@@ -121,11 +121,6 @@ def test_token_files(text_file: Path, workdir: Path, capsys) -> None:
     tokenizer["model"]["merges"].pop()
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert "another tokenizer" in refused(capsys, "fit", *tiny(text_file), "--data.path=other")
-    outside = damaged("outside")
-    data = bytearray((whole / "train.bin").read_bytes())
-    data[::2], data[1::2] = [255] * (len(data) // 2), [255] * (len(data) // 2)
-    (outside / "train.bin").write_bytes(data)
-    assert "holds token 65535" in refused(capsys, "fit", *tiny(text_file), "--data.path=outside")
     assert "data.vocab_size" in refused(
         capsys, "fit", *tiny(text_file), f"--data.path={whole}", "--data.vocab_size=512"
     )
