@@ -28,7 +28,7 @@ setup: $(VENV)/.done ## make .venv and install what is needed, once
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,study]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,study,hf]'
 	@touch $@
 
 data: setup ## text → tokenizer → token files (a second call does nothing)

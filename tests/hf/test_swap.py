@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import importlib
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -199,6 +201,7 @@ def test_in_training_their_balance_loss_is_off_and_router_logits_are_recorded_on
     torch.testing.assert_close(output.loss, loss)
     output.loss.backward()
     assert len(output.router_logits) == 3
+    assert len(model.model.pathway.routings) == 3  # what the backward pass computed again has left nothing
     model.eval()
     nll = model(tokens(), labels=tokens()).loss
     torch.testing.assert_close(loss, nll + 0.5 * hf.balance_loss(model))
@@ -325,6 +328,13 @@ def test_bad_options_leave_the_model_alone(option: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(option))):
         hf.swap_moe(model, **option)
     hf.swap_moe(model)
+
+
+def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "moepp.hf")
+    with pytest.raises(ModuleNotFoundError, match=r"needs transformers: pip install 'moepp\[hf\]'"):
+        importlib.import_module("moepp.hf")
 
 
 def test_the_bias_rises_while_it_trains() -> None:
