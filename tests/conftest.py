@@ -2,6 +2,7 @@ import csv
 import random
 from pathlib import Path
 
+import lightning  # noqa: F401  # before rich, see moepp/study/__init__.py
 import pytest
 import torch
 

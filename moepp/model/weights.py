@@ -60,7 +60,7 @@ class Shards(Mapping[str, Tensor]):
     def open(self, shard: Path) -> Mapping[str, Tensor]:
         try:
             if shard.suffix == ".bin":
-                return torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
+                return dict(torch.load(shard, map_location="cpu", weights_only=True, mmap=True))
             return SafeTensors(shard)
         except Exception as error:  # each library has its own; none of them names the file
             reason = str(error).strip() or type(error).__name__
