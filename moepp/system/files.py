@@ -73,8 +73,8 @@ def read_yaml(path: Path) -> Any:
 
 
 def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(key, old value, new value) wherever two nested mappings differ. What `old` does not know is no difference: an
-    option that came later."""
+    """(key, old value, new value) wherever two nested mappings differ, but for what `old` does not know: an option
+    that came later."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(old):
             yield from differences(old[name], new.get(name), f"{key}.{name}".lstrip("."))
