@@ -65,5 +65,5 @@ def test_the_shipped_matrix_compares_what_it_says() -> None:
         assert start.variant.moe == variants["vanilla"].moe
         assert variants["converted"].moe == variants["drawn_rows"].moe == variants["distilled"].moe
         assert variants["vanilla"].options["model"]["init_from"] == str(start.checkpoint(0))
-        assert variants["converted"].moe.expected_ffn_per_token == pytest.approx(1.2)
+        assert variants["converted"].moe.expected_ffn_per_token == pytest.approx(4 / 3)
         assert variants["drawn_rows"].options["model"]["convert"]["start"] == 0
