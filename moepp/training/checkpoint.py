@@ -97,6 +97,7 @@ def described(
     transformer: TransformerConfig,
     moe: MoEConfig,
     tokenizer_json: str | None,
+    end_of_text: int | None,
     data: str,
     data_hash: str | None = None,
     config: str = "",
@@ -107,6 +108,7 @@ def described(
         transformer: sizes of the model.
         moe: its experts, router and balance.
         tokenizer_json: None where nobody knows the tokenizer.
+        end_of_text: the token that ends a text, None where nobody knows it.
         data: what it was trained on, for people.
         data_hash: the same of token files; None where it was trained elsewhere.
         config: every option of its run, as YAML.
@@ -118,6 +120,7 @@ def described(
         "moe": asdict(moe),
         "tokenizer": tokenizer_json,
         "tokenizer_hash": sha256_of(tokenizer_json or ""),
+        "end_of_text": end_of_text,
         "data_hash": data_hash,
         "data": data,
     }

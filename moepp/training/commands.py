@@ -9,7 +9,7 @@ from moepp.model import InputError, export_released, load_released
 from moepp.model import generate as generation
 from moepp.text.prepare import prepare as prepare_text
 from moepp.text.token_files import TokenFiles
-from moepp.text.tokenizer import END_OF_TEXT, load_tokenizer
+from moepp.text.tokenizer import end_of_text, load_tokenizer
 from moepp.training.checkpoint import described, load, newest_checkpoint, write_checkpoint
 from moepp.training.lightning_cli import OneLineParser
 
@@ -20,21 +20,23 @@ def run(verb: str, arguments: list[str]) -> None:
 
 def prepare(
     path: str,
-    vocab_size: int = 8192,
+    vocab_size: int | None = None,
     val_fraction: float = 0.02,
     out_root: str = "data/prepared",
+    tokenizer: str | None = None,
 ) -> None:
     """Turn text into a tokenizer and token files. A second call with the same text does nothing.
 
     Args:
         path: a corpus list (.yaml); .txt, .md or .jsonl (also .gz, .zst), or a folder of them; or hf:owner/name.
-        vocab_size: size of the byte-level BPE vocabulary, padded to a multiple of 64.
+        vocab_size: size of the byte-level BPE vocabulary, padded to a multiple of 64; by default 8192.
         val_fraction: share of each domain's text held out for validation, in whole documents.
         out_root: where the folder of token files goes.
+        tokenizer: the tokenizer.json of another model, to use instead of a vocabulary of the text's own.
     """
     from rich.console import Console
 
-    folder = prepare_text(path, vocab_size, val_fraction, out_root)
+    folder = prepare_text(path, vocab_size, val_fraction, out_root, tokenizer=tokenizer)
     Console().print(TokenFiles.open(folder).describe())
     print(folder)
 
@@ -62,9 +64,11 @@ def generate(
     if tokenizer is None:
         raise InputError(f"{ckpt}: has no tokenizer; import it with one (moepp import --help)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # an imported tokenizer may have no end of text, or another use for its number
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    ids = [*([] if end is None else [end]), *tokenizer.encode(prompt).ids]
+    end = loaded.meta.get("end_of_text", end_of_text(tokenizer))
+    # an imported model wants before a text what its tokenizer puts there, one trained here the end of another
+    imported = loaded.meta["data_hash"] is None and tokenizer.num_special_tokens_to_add(False) > 0
+    before = [] if end is None or imported else [end]
+    ids = [*before, *tokenizer.encode(prompt, add_special_tokens=imported).ids]
     if max_new_tokens is None:
         max_new_tokens = max(1, min(200, model.config.context_length - len(ids)))
     whole = generation.generate(
@@ -91,16 +95,16 @@ def import_(folder: str, ckpt: str, tokenizer: str | None = None) -> None:
     path = Path(tokenizer) if tokenizer else Path(folder) / "tokenizer.json"
     if tokenizer and not path.is_file():
         raise InputError(f"tokenizer: {path} does not exist")
-    text = None
+    text = end = None
     if path.is_file():
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"tokenizer: {path} is not UTF-8 ({error})") from error
-        load_tokenizer(text, f"tokenizer: {path}")
+        end = end_of_text(load_tokenizer(text, f"tokenizer: {path}"), path.parent)
     if Path(ckpt).exists():
         raise InputError(f"ckpt: {ckpt} exists already; name another file or remove it")
-    meta = described(model.config, model.moe_config, text, f"what {folder} was trained on")
+    meta = described(model.config, model.moe_config, text, end, f"what {folder} was trained on")
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     write_checkpoint(ckpt, {"state_dict": state, "moepp": meta})
     print(ckpt)
