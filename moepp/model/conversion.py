@@ -21,16 +21,24 @@ SILENT = -1e4  # e to this is exactly 0, in float64 too
 
 @torch.no_grad()
 def add_zero_computation(
-    model: Transformer, n_zero: int, n_copy: int = 0, n_const: int = 0, noise: float = 0.1, seed: int = 0
+    model: Transformer,
+    n_zero: int,
+    n_copy: int = 0,
+    n_const: int = 0,
+    ffn_per_token: float | None = None,
+    noise: float = 0.1,
+    seed: int = 0,
 ) -> Transformer:
     """A model with the logits of `model`, which has further experts that no token chooses yet.
 
     Args:
         model: without zero-computation experts, its router linear.
-        n_zero: zero experts to add. The residual stream of a trained model has no room for the others' output:
-            with copies the models of others broke (arXiv 2605.18643).
-        n_copy: copy experts to add.
+        n_zero: zero experts to add. Fewer than K leave every token an FFN expert; with more, the loss rose on the
+            way (recipes/results/LOG.md).
+        n_copy: copy experts to add. The residual stream of a trained model has no room for what they add: the
+            models of others broke (arXiv 2605.18643).
         n_const: constant experts to add.
+        ffn_per_token: FFN experts that a token takes at balance, which sets τ; null: two thirds of K.
         noise: of the added rows, in standard deviations of the old rows about their mean; at 1 they are drawn as
             the old rows are spread.
         seed: of the noise.
@@ -45,8 +53,11 @@ def add_zero_computation(
     require(old.logits_norm_std is None, "moe.logits_norm_std", old.logits_norm_std, "must be null to add experts")
     require(n_zero + n_copy + n_const > 0, "n_zero", n_zero, "must be positive, or n_copy or n_const")
     require(noise >= 0, "noise", noise, "must not be negative")
+    ffn_share = 2 / 3 if ffn_per_token is None else ffn_per_token / old.top_k
+    require(0 < ffn_share < 1, "ffn_per_token", ffn_per_token, f"must be above 0 and below top_k={old.top_k}")
     moe = replace(
         old,
+        tau=ffn_share / (1 - ffn_share) * (n_zero + n_copy + n_const) / old.n_ffn,
         n_zero=n_zero,
         n_copy=n_copy,
         n_const=n_const,

@@ -16,7 +16,6 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch.utils.data import Dataset, Sampler
 
 from moepp.text.token_files import TokenFiles
-from moepp.text.tokenizer import END_OF_TEXT_ID
 
 IGNORE = -100  # a target that is none: what torch's cross-entropy ignores
 
@@ -100,7 +99,7 @@ def held_out_windows(files: TokenFiles, seq_len: int) -> np.ndarray:
         [
             (start, min(seq_len, end - 1 - start), domain)
             for domain, (begin, end) in enumerate(files.val_ranges)
-            for start in range(begin - 1, end - 1, seq_len)  # begin - 1 is <|endoftext|>
+            for start in range(begin - 1, end - 1, seq_len)  # begin - 1 is an end of text
         ],
         np.int64,
     )
@@ -129,7 +128,7 @@ class HeldOutBatches(Dataset[Batch]):
     def __getitem__(self, n: int) -> Batch:
         windows = self.windows[n * self.batch_size :][: self.batch_size]
         tokens = self.files.val
-        inputs_BS = np.full((len(windows), self.seq_len), END_OF_TEXT_ID, np.int64)
+        inputs_BS = np.full((len(windows), self.seq_len), self.files.end_of_text, np.int64)
         targets_BS = np.full((len(windows), self.seq_len), IGNORE, np.int64)
         for row, (start, count, _) in enumerate(windows):
             inputs_BS[row, :count] = tokens[start : start + count]

@@ -20,13 +20,14 @@ class TokenDataModule(L.LightningDataModule):
     Args:
         path: what to train on: a corpus list (.yaml), a file (.txt, .md, .jsonl, also .gz or .zst), a folder of
             such files, hf:owner/name, or a folder that `moepp prepare` made.
-        vocab_size: tokens in the vocabulary; the model's is this, rounded up to a multiple of 64.
+        vocab_size: most tokens in the vocabulary; the model's is this, rounded up to a multiple of 64.
         seq_len: tokens in a sequence.
         batch_size: sequences per device in one forward pass.
         seed: decides the order of the training sequences.
         val_fraction: part of each domain that is held out for validation, in whole documents.
         num_workers: processes that load batches; reading token files is so cheap that 0 is fine.
         out_root: where token files are kept.
+        tokenizer: tokenizer.json of another model to make them with, instead of training one on the text.
         allow_other_text: continue a checkpoint that was trained on another text (made with the same tokenizer).
     """
 
@@ -40,6 +41,7 @@ class TokenDataModule(L.LightningDataModule):
         val_fraction: float = 0.02,
         num_workers: int = 0,
         out_root: str = "data/prepared",
+        tokenizer: str | None = None,
         allow_other_text: bool = False,
     ) -> None:
         super().__init__()
@@ -56,6 +58,7 @@ class TokenDataModule(L.LightningDataModule):
         self.val_fraction = val_fraction
         self.num_workers = num_workers
         self.out_root = out_root
+        self.tokenizer = tokenizer
         self.allow_other_text = allow_other_text
         self.files: TokenFiles  # from setup() on
 
@@ -70,9 +73,9 @@ class TokenDataModule(L.LightningDataModule):
             InputError: they are damaged, of another vocabulary, or hold less than one batch.
         """
         files = TokenFiles.open(self.folder(progress=False))
-        if files.meta["padded_vocab_size"] != padded_vocab_size(self.vocab_size):
+        if files.meta["vocab_size"] > padded_vocab_size(self.vocab_size):
             raise InputError(
-                f"{files.path} was made for a vocabulary of {files.meta['padded_vocab_size']}, not of "
+                f"{files.path} has a vocabulary of {files.meta['vocab_size']}, more than the model's "
                 f"{padded_vocab_size(self.vocab_size)}: set data.vocab_size={files.meta['padded_vocab_size']}"
             )
         self.files = files
@@ -101,7 +104,7 @@ class TokenDataModule(L.LightningDataModule):
     def folder(self, progress: bool) -> Path:
         if Path(self.path, "meta.json").is_file():
             return Path(self.path)
-        return prepare(self.path, self.vocab_size, self.val_fraction, self.out_root, progress)
+        return prepare(self.path, self.vocab_size, self.val_fraction, self.out_root, progress, self.tokenizer)
 
     def order(self) -> TrainOrder:
         return TrainOrder(len(self.files.train), self.seq_len, self.batch_size * self.world_size, self.seed)

@@ -12,7 +12,7 @@ from moepp.model.errors import InputError
 from moepp.text.batches import held_out_windows
 from moepp.text.documents import Source, open_source
 from moepp.text.token_files import TokenFiles
-from moepp.text.tokenizer import END_OF_TEXT
+from moepp.text.tokenizer import end_of_text
 
 Windows = Iterator[tuple[str, np.ndarray]]
 
@@ -51,7 +51,7 @@ def open_held_out(options: TextOptions, trained: dict[str, Any], tokenizer: Toke
     """Find the text, without reading it yet.
 
     Args:
-        trained: a checkpoint's "moepp": its tokenizer, and the hash of the text it was trained on.
+        trained: a checkpoint's "moepp": its tokenizer, what ends a text, and the hash of the text trained on.
         seq_len: S.
 
     Raises:
@@ -70,7 +70,8 @@ def open_held_out(options: TextOptions, trained: dict[str, Any], tokenizer: Toke
         raise InputError(
             f"data.path: the text that the checkpoint was trained on is not in {options.out_root}; name some"
         )
-    return held_out_text(open_source(path), path, tokenizer, seq_len)
+    end = trained.get("end_of_text", end_of_text(tokenizer))
+    return held_out_text(open_source(path), path, tokenizer, end, seq_len)
 
 
 def trained_on(data_hash: str | None, out_root: str) -> TokenFiles | None:
@@ -89,9 +90,7 @@ def held_out_part(files: TokenFiles, seq_len: int) -> HeldOut:
     return HeldOut(f"the held-out part of {files.meta['source']['path']}", size, windows)
 
 
-def held_out_text(source: Source, path: str, tokenizer: Tokenizer, seq_len: int) -> HeldOut:
-    end = tokenizer.token_to_id(END_OF_TEXT)  # an imported tokenizer may have none
-
+def held_out_text(source: Source, path: str, tokenizer: Tokenizer, end: int | None, seq_len: int) -> HeldOut:
     def windows() -> Windows:
         rest: dict[str, list[int]] = {}  # by domain: fewer tokens than a window
         for domain, text in source.documents():

@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from tokenizers import Tokenizer
 
 from moepp.model.config import require
 from moepp.model.errors import InputError
 from moepp.system.files import fsync_folder, lasting, sha256_of, sha256_of_file
 from moepp.text.documents import Document, open_source
 from moepp.text.token_files import FORMAT, data_hash
-from moepp.text.tokenizer import END_OF_TEXT_ID, FEWEST_TOKENS, MOST_TOKENS, padded_vocab_size, train_tokenizer
+from moepp.text.tokenizer import FEWEST_TOKENS, MOST_TOKENS, Vocabulary, padded_vocab_size, train_tokenizer
 
 TOKENIZER_BYTES = 256_000_000  # the tokenizer learns from at most so much text, drawn evenly from all of it
 BATCH_BYTES = 1 << 21  # text encoded at a time: enough to keep all cores busy, little enough to hold
@@ -32,10 +31,11 @@ BATCH_BYTES = 1 << 21  # text encoded at a time: enough to keep all cores busy, 
 
 def prepare(
     path: str,
-    vocab_size: int = 8192,
+    vocab_size: int | None = None,
     val_fraction: float = 0.02,
     out_root: str = "data/prepared",
     progress: bool = True,
+    tokenizer: str | None = None,
 ) -> Path:
     """Make token files out of text, unless they are there already.
 
@@ -44,20 +44,27 @@ def prepare(
 
     Args:
         path: see `moepp.text.documents.open_source`.
-        vocab_size: at most so many tokens, with `<|endoftext|>` and the 256 bytes among them.
+        vocab_size: at most so many tokens, with `<|endoftext|>` and the 256 bytes among them; by default 8192, or
+            as many as `tokenizer` has.
         val_fraction: hold out documents until they are this fraction of the bytes of each domain.
         out_root: where the folder goes.
         progress: show a bar a phase.
+        tokenizer: somebody else's `tokenizer.json`, instead of one that is trained on the text.
 
     Returns:
         the folder, for `moepp.text.token_files.TokenFiles.open`.
 
     Raises:
-        InputError: text that cannot be read, or too little of it.
+        InputError: text or a tokenizer that cannot be read, or too little text, or too small a `vocab_size`.
     """
-    check_options(vocab_size, val_fraction)
+    given = Vocabulary.read(Path(tokenizer)) if tokenizer is not None else None
+    if vocab_size is None:
+        vocab_size = given.size if given else 8192
+    check_options(vocab_size, val_fraction, least=given.size if given else FEWEST_TOKENS)
+    vocab_size = given.size if given else vocab_size
     source = open_source(path)
-    fingerprint = sha256_of(json.dumps([FORMAT, vocab_size, val_fraction, source.fingerprint], sort_keys=True))
+    made_with = [given.tokenizer_json, given.end_of_text] if given else vocab_size
+    fingerprint = sha256_of(json.dumps([FORMAT, made_with, val_fraction, source.fingerprint], sort_keys=True))
     root = Path(out_root)
     folder = root / f"{source.name}-v{vocab_size}-{fingerprint[:8]}"
     if folder.is_dir():
@@ -79,14 +86,15 @@ def prepare(
                     "for validation: give more text, or put it into one folder"
                 )
             about = {"path": path, "fingerprint": fingerprint, "val_fraction": val_fraction}
-            write_token_files(unfinished, documents, parts, vocab_size, about, progress)
+            vocabulary = given or learn(documents, parts["train"], vocab_size, progress)
+            write_token_files(unfinished, documents, parts, vocabulary, vocab_size, about, progress)
             documents.path.unlink()
     return folder
 
 
-def check_options(vocab_size: int, val_fraction: float, part: str = "") -> None:
+def check_options(vocab_size: int, val_fraction: float, part: str = "", least: int = FEWEST_TOKENS) -> None:
     """Refuse what no tokenizer, or no division of a text, can be made with; `part` is where a recipe has it."""
-    check_range(f"{part}vocab_size", vocab_size, FEWEST_TOKENS, MOST_TOKENS)
+    check_range(f"{part}vocab_size", vocab_size, least, MOST_TOKENS)
     require(0 < val_fraction < 1, f"{part}val_fraction", val_fraction, "must lie between 0 and 1")
 
 
@@ -169,35 +177,38 @@ def split(documents: Documents, val_fraction: float) -> dict[str, np.ndarray]:
     return {"train": np.setdiff1d(np.arange(len(documents.domain_N)), val), "val": val}
 
 
+def learn(documents: Documents, train: np.ndarray, vocab_size: int, progress: bool) -> Vocabulary:
+    """Train a tokenizer on the documents with these indices."""
+    sample = train[:: -(-int(documents.bytes_N[train].sum()) // TOKENIZER_BYTES)]
+    with phase("training the tokenizer", int(documents.bytes_N[sample].sum()), progress) as advance:
+        vocabulary = train_tokenizer(documents.texts(sample, advance), vocab_size)
+    if progress and 2 * vocabulary.size < vocab_size:
+        print(f"the text gives {vocabulary.size:,} tokens; of vocab_size={vocab_size:,} the rest stands unused")
+    return vocabulary
+
+
 def write_token_files(
     folder: Path,
     documents: Documents,
     parts: dict[str, np.ndarray],
+    vocabulary: Vocabulary,
     vocab_size: int,
     about: dict[str, Any],
     progress: bool,
 ) -> None:
     """What moepp.text.token_files describes."""
-    train = parts["train"]
-    sample = train[:: -(-int(documents.bytes_N[train].sum()) // TOKENIZER_BYTES)]
-    with phase("training the tokenizer", int(documents.bytes_N[sample].sum()), progress) as advance:
-        tokenizer = train_tokenizer(documents.texts(sample, advance), vocab_size)
-    learnt = tokenizer.get_vocab_size()
-    if progress and 2 * learnt < vocab_size:
-        print(f"the text gives {learnt:,} tokens; of vocab_size={vocab_size:,} the rest will stand unused")
-    tokenizer_json = tokenizer.to_str(pretty=True)
     with lasting(folder / "tokenizer.json") as file:
-        file.write(tokenizer_json.encode())
+        file.write(vocabulary.tokenizer_json.encode())
 
     padded = padded_vocab_size(vocab_size)
     dtype = "uint16" if padded <= 1 << 16 else "uint32"
     tokens_N = np.zeros_like(documents.bytes_N)
     with phase("encoding", int(documents.bytes_N.sum()), progress) as advance:
         for name, indices in parts.items():
-            tokens_N[indices] = encode(folder / f"{name}.bin", tokenizer, documents, indices, dtype, advance)
+            tokens_N[indices] = encode(folder / f"{name}.bin", vocabulary, documents, indices, dtype, advance)
 
     domains: dict[str, Any] = {}
-    end = 1  # 0 is the <|endoftext|> before the first document
+    end = 1  # 0 is the end of text before the first document
     for d, name in enumerate(documents.domains):
         domains[name] = {"text_sha256": documents.sha256[d]}
         for part, indices in parts.items():
@@ -211,11 +222,11 @@ def write_token_files(
     meta = {
         "format": FORMAT,
         "source": about,
-        "vocab_size": learnt,
+        "vocab_size": vocabulary.size,
         "padded_vocab_size": padded,
         "dtype": dtype,
-        "eot": END_OF_TEXT_ID,
-        "tokenizer_sha256": sha256_of(tokenizer_json),
+        "eot": vocabulary.end_of_text,
+        "tokenizer_sha256": sha256_of(vocabulary.tokenizer_json),
         "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of_file(file)} for file in files},
         "domains": domains,
     }
@@ -226,21 +237,25 @@ def write_token_files(
 
 def encode(
     path: Path,
-    tokenizer: Tokenizer,
+    vocabulary: Vocabulary,
     documents: Documents,
     indices: np.ndarray,
     dtype: str,
     advance: Callable[[int], None],
 ) -> np.ndarray:
-    """Write the tokens of these documents; returns how many each has, its `<|endoftext|>` included."""
+    """Write the tokens of these documents; returns how many each has, its end of text included."""
     tokens = array("q")
     batch_of = np.cumsum(documents.bytes_N[indices]) // BATCH_BYTES
     with lasting(path) as file:
-        file.write(np.array([END_OF_TEXT_ID], dtype).tobytes())  # for the very first token to follow
+        file.write(np.array([vocabulary.end_of_text], dtype).tobytes())  # for the very first token to follow
         for batch in np.split(indices, np.flatnonzero(np.diff(batch_of)) + 1):
             texts = list(documents.texts(batch, advance))
-            for encoding in tokenizer.encode_batch_fast(texts):  # on all cores
-                ids = [*encoding.ids, END_OF_TEXT_ID]
+            try:
+                encodings = vocabulary.tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # on all cores
+            except Exception as error:  # a word without a token; tokenizers raises Exception itself
+                raise InputError(f"tokenizer: cannot encode the text ({error})") from error
+            for encoding in encodings:
+                ids = [*encoding.ids, vocabulary.end_of_text]
                 file.write(np.array(ids, dtype).tobytes())
                 tokens.append(len(ids))
     return np.array(tokens, np.int64)

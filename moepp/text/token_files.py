@@ -1,7 +1,7 @@
 """Token files: a tokenizer and the tokens of a text, in a folder.
 
-train.bin, val.bin   token ids, uint16 or uint32: <|endoftext|>, then each document followed by <|endoftext|>
-tokenizer.json       byte-level BPE, as Hugging Face's tokenizers reads it
+train.bin, val.bin   token ids, uint16 or uint32: an end of text, then each document followed by one
+tokenizer.json       as Hugging Face's tokenizers reads it
 meta.json            counts, hashes, and where each domain lies in val.bin
 """
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from tokenizers import Tokenizer
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from moepp.model.errors import InputError
 from moepp.system.files import sha256_of
-from moepp.text.tokenizer import bytes_per_token, load_tokenizer
+from moepp.text.tokenizer import load_tokenizer
 
 FORMAT = 1  # of the folder; raise it when older folders can no longer be used
 PARTS = ("train", "val")
@@ -87,7 +88,7 @@ class TokenFiles:
 
     @property
     def val_ranges(self) -> list[tuple[int, int]]:
-        """Per domain, begin and end of its tokens in `val`; the token before is `<|endoftext|>`."""
+        """Per domain, begin and end of its tokens in `val`; the token before is an end of text."""
         return [(d["val_range"][0], d["val_range"][1]) for d in self.meta["domains"].values()]
 
     @property
@@ -100,10 +101,26 @@ class TokenFiles:
         """The tokenizer that the files were made with."""
         return load_tokenizer(self.tokenizer_json, str(self.path / "tokenizer.json"))
 
+    @property
+    def end_of_text(self) -> int:
+        """The token that ends each document."""
+        return self.meta["eot"]
+
     @cached_property
-    def bytes_per_token(self) -> Tensor:
-        """(V,) int64: how many bytes of UTF-8 each token of the padded vocabulary stands for."""
-        return bytes_per_token(self.tokenizer, self.meta["padded_vocab_size"])
+    def letters_per_token(self) -> Tensor:
+        """(V,) int64: letters that spell each token of the padded vocabulary; none for the end of a text."""
+        letters_V = torch.zeros(self.meta["padded_vocab_size"], dtype=torch.int64)
+        for token, index in self.tokenizer.get_vocab().items():
+            letters_V[index] = len(token) * (index != self.end_of_text)
+        return letters_V
+
+    @cached_property
+    def bytes_per_letter(self) -> Tensor:
+        """(domains,) float64: bytes of held-out text for a letter of its tokens; 1 for a byte-level tokenizer."""
+        letters_V = self.letters_per_token.numpy()
+        letters = [np.bincount(self.val[i:j], minlength=len(letters_V)) @ letters_V for i, j in self.val_ranges]
+        sizes = [domain["val"]["bytes"] for domain in self.meta["domains"].values()]
+        return torch.tensor(sizes).double() / torch.tensor(np.array(letters)).clamp(min=1)
 
     def describe(self) -> Table:
         """What is in the files: a line per domain, and the sum."""

@@ -97,6 +97,7 @@ def described(
     transformer: TransformerConfig,
     moe: MoEConfig,
     tokenizer_json: str | None,
+    end_of_text: int | None,
     data: str,
     data_hash: str | None = None,
     config: str = "",
@@ -107,6 +108,7 @@ def described(
         transformer: sizes of the model.
         moe: its experts, router and balance.
         tokenizer_json: None where nobody knows the tokenizer.
+        end_of_text: the token that ends a text, None where nobody knows it.
         data: what it was trained on, for people.
         data_hash: the same of token files; None where it was trained elsewhere.
         config: every option of its run, as YAML.
@@ -118,18 +120,16 @@ def described(
         "moe": asdict(moe),
         "tokenizer": tokenizer_json,
         "tokenizer_hash": sha256_of(tokenizer_json or ""),
+        "end_of_text": end_of_text,
         "data_hash": data_hash,
         "data": data,
     }
 
 
-def checkpoint_of(
-    model: Transformer, tokenizer_json: str | None, data: str, data_hash: str | None = None
-) -> dict[str, Any]:
-    """A checkpoint of weights alone."""
+def checkpoint_of(model: Transformer, *origin: Any) -> dict[str, Any]:
+    """A checkpoint of weights alone; `origin` is what `described` takes after the configurations."""
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
-    entry = described(model.config, model.moe_config, tokenizer_json, data, data_hash)
-    return {"state_dict": state, "moepp": entry}
+    return {"state_dict": state, "moepp": described(model.config, model.moe_config, *origin)}
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,11 @@ class Loaded:
     model: Transformer  # ready to evaluate
     tokenizer: Tokenizer | None  # None after an import without one
     meta: dict[str, Any]
+
+    @property
+    def origin(self) -> tuple[Any, ...]:
+        """For `checkpoint_of`, of another model that is made from this one."""
+        return tuple(self.meta.get(key) for key in ("tokenizer", "end_of_text", "data", "data_hash"))
 
 
 def load(path: str | Path) -> Loaded:

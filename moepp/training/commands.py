@@ -1,6 +1,7 @@
 """The small verbs: prepare, generate, import, convert, export. Each function's signature is its command line."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import auto_cli
@@ -18,7 +19,7 @@ from moepp.model import generate as generation
 from moepp.model.weights import read_json
 from moepp.text.prepare import prepare as prepare_text
 from moepp.text.token_files import TokenFiles
-from moepp.text.tokenizer import END_OF_TEXT, load_tokenizer
+from moepp.text.tokenizer import end_of_text, load_tokenizer
 from moepp.training.arguments import OneLineParser
 from moepp.training.checkpoint import checkpoint_of, load, newest_checkpoint, write_checkpoint
 
@@ -29,21 +30,23 @@ def run(verb: str, arguments: list[str]) -> None:
 
 def prepare(
     path: str,
-    vocab_size: int = 8192,
+    vocab_size: int | None = None,
     val_fraction: float = 0.02,
     out_root: str = "data/prepared",
+    tokenizer: str | None = None,
 ) -> None:
     """Turn text into a tokenizer and token files. A second call with the same text does nothing.
 
     Args:
         path: a corpus list (.yaml); .txt, .md or .jsonl (also .gz, .zst), or a folder of them; or hf:owner/name.
-        vocab_size: size of the byte-level BPE vocabulary, padded to a multiple of 64.
+        vocab_size: size of the byte-level BPE vocabulary, padded to a multiple of 64; by default 8192.
         val_fraction: share of each domain's text held out for validation, in whole documents.
         out_root: where the folder of token files goes.
+        tokenizer: the tokenizer.json of another model, to use instead of a vocabulary of the text's own.
     """
     from rich.console import Console
 
-    folder = prepare_text(path, vocab_size, val_fraction, out_root)
+    folder = prepare_text(path, vocab_size, val_fraction, out_root, tokenizer=tokenizer)
     Console().print(TokenFiles.open(folder).describe())
     print(folder)
 
@@ -71,9 +74,11 @@ def generate(
     if tokenizer is None:
         raise InputError(f"{ckpt}: has no tokenizer; import it with one (moepp import --help)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # an imported tokenizer may have no end of text, or another use for its number
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    ids = [*([] if end is None else [end]), *tokenizer.encode(prompt).ids]
+    end = loaded.meta.get("end_of_text", end_of_text(tokenizer))
+    # an imported model wants before a text what its tokenizer puts there, one trained here the end of another
+    imported = loaded.meta["data_hash"] is None and tokenizer.num_special_tokens_to_add(False) > 0
+    before = [] if end is None or imported else [end]
+    ids = [*before, *tokenizer.encode(prompt, add_special_tokens=imported).ids]
     if max_new_tokens is None:
         max_new_tokens = max(1, min(200, model.config.context_length - len(ids)))
     whole = generation.generate(
@@ -101,14 +106,14 @@ def import_(folder: str, ckpt: str, tokenizer: str | None = None) -> None:
     path = Path(tokenizer) if tokenizer else Path(folder) / "tokenizer.json"
     if tokenizer and not path.is_file():
         raise InputError(f"tokenizer: {path} does not exist")
-    text = None
+    text = end = None
     if path.is_file():
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"tokenizer: {path} is not UTF-8 ({error})") from error
-        load_tokenizer(text, f"tokenizer: {path}")
-    write_model(model, ckpt, text, f"what {folder} was trained on")
+        end = end_of_text(load_tokenizer(text, f"tokenizer: {path}"), path.parent)
+    write_model(ckpt, model, text, end, f"what {folder} was trained on")
 
 
 def convert(
@@ -117,6 +122,7 @@ def convert(
     n_zero: int | None = None,
     n_copy: int = 0,
     n_const: int = 0,
+    ffn_per_token: float | None = None,
     n_ffn: int | None = None,
     top_k: int = 2,
     noise: float = 0.1,
@@ -129,9 +135,11 @@ def convert(
     Args:
         ckpt: the checkpoint of a vanilla MoE, or of a dense model.
         out: the checkpoint to write.
-        n_zero: zero experts to add; by default half as many as there are FFN experts, and with n_ffn none.
+        n_zero: zero experts to add; by default one fewer than a token takes experts, so that none is left without
+            any FFN expert; with n_ffn none.
         n_copy: copy experts to add; the residual stream of a trained model has no room for what they add.
         n_const: constant experts to add.
+        ffn_per_token: FFN experts that a token shall take at balance, which sets tau; by default two thirds.
         n_ffn: for a dense model: FFN experts to make of its FFN.
         top_k: and how many of them a token takes.
         noise: spread of the new rows of the router, in that of the old rows.
@@ -141,24 +149,22 @@ def convert(
     model = loaded.model
     if n_ffn is not None:
         model = upcycle(model, n_ffn, top_k, seed)
-    if n_zero is None:
-        n_zero = 0 if n_ffn is not None or n_copy or n_const else max(1, model.moe_config.n_ffn // 2)
-    if n_zero or n_copy or n_const or n_ffn is None:
-        model = add_zero_computation(model, n_zero, n_copy, n_const, noise, seed)
-    write_model(model, out, loaded.meta["tokenizer"], loaded.meta["data"], loaded.meta["data_hash"])
+    if n_ffn is None or n_zero or n_copy or n_const:
+        if n_zero is None:
+            n_zero = 0 if n_copy or n_const else max(1, model.moe_config.top_k - 1)
+        model = add_zero_computation(model, n_zero, n_copy, n_const, ffn_per_token, noise, seed)
+    write_model(out, model, *loaded.origin)
 
 
-def write_model(
-    model: Transformer, path: str, tokenizer_json: str | None, data: str, data_hash: str | None = None
-) -> None:
-    """Write a checkpoint of weights alone, and print where it is.
+def write_model(path: str, model: Transformer, *origin: Any) -> None:
+    """Write a checkpoint of weights alone, and print where it is; `origin` is Loaded's.
 
     Raises:
         InputError: there is one already.
     """
     if Path(path).exists():
         raise InputError(f"{path} exists already; name another file or remove it")
-    write_checkpoint(path, checkpoint_of(model, tokenizer_json, data, data_hash))
+    write_checkpoint(path, checkpoint_of(model, *origin))
     print(path)
 
 

@@ -143,7 +143,9 @@ class MoECLI(LightningCLI):
         super().parse_arguments(parser, args)
         options = self.config[self.config.subcommand]
         if options.model.init_from is not None and options.ckpt_path is None:  # a resumed run has its own options
-            for part, fields in described_in(options.model.init_from).items():
+            described = described_in(options.model.init_from)
+            self._parser("fit").set_defaults({"data.vocab_size": described["transformer"]["vocab_size"]})
+            for part, fields in described.items():
                 defaults = {f"model.{part}.{name}": value for name, value in fields.items()}
                 self._parser("fit").set_defaults(defaults)
             super().parse_arguments(parser, args)

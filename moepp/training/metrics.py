@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
+from moepp.text.token_files import TokenFiles
+
 STEP = "step"  # optimizer steps so far: the first column of metrics.csv
 CROSS_ENTROPY, TOKENS = "train/cross_entropy", "train/tokens"
 FFN_PER_TOKEN = "routing/ffn_per_token"
@@ -22,45 +24,48 @@ class BitsPerByte(Metric):
     """Bits the model needs for a byte of text, overall and per domain.
 
     Negative log likelihood of the text's tokens divided by ln 2 and by the UTF-8 bytes they stand for. Tokens of
-    no bytes (the end of a text) are left out of both.
+    no letters (the end of a text) are left out of both. Of a domain's text its tokens share the bytes by their
+    letters, so that its sum is exact also where a tokenizer normalises the text or drops some of it.
     """
 
     full_state_update = False
-    bytes_per_token_V: Tensor
+    letters_per_token_V: Tensor
+    bytes_per_letter_D: Tensor
     nats: Tensor
-    n_bytes: Tensor
+    letters: Tensor
 
-    def __init__(self, bytes_per_token_V: Tensor, n_domains: int) -> None:
+    def __init__(self, letters_per_token_V: Tensor, bytes_per_letter_D: Tensor) -> None:
         super().__init__()
-        self.register_buffer("bytes_per_token_V", bytes_per_token_V, persistent=False)
-        for name in ("nats", "n_bytes"):
-            self.add_state(name, torch.zeros(n_domains, dtype=torch.float64), dist_reduce_fx="sum")
+        self.register_buffer("letters_per_token_V", letters_per_token_V, persistent=False)
+        self.register_buffer("bytes_per_letter_D", bytes_per_letter_D, persistent=False)
+        for name in ("nats", "letters"):
+            self.add_state(name, torch.zeros_like(bytes_per_letter_D), dist_reduce_fx="sum")
 
     def update(self, nats_BS: Tensor, targets_BS: Tensor, domain_B: Tensor) -> None:
         """`nats_BS` is the cross-entropy of each target; targets below 0 are padding."""
-        n_bytes_BS = self.bytes_per_token_V[targets_BS.clamp(min=0)] * (targets_BS >= 0)
-        nats_B = (nats_BS.double() * (n_bytes_BS > 0)).sum(1)
+        letters_BS = self.letters_per_token_V[targets_BS.clamp(min=0)] * (targets_BS >= 0)
+        nats_B = (nats_BS.double() * (letters_BS > 0)).sum(1)
         self.nats.index_add_(0, domain_B, nats_B)
-        self.n_bytes.index_add_(0, domain_B, n_bytes_BS.sum(1).double())
+        self.letters.index_add_(0, domain_B, letters_BS.sum(1).double())
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """(overall (), per domain (n_domains,)); NaN for a domain without text."""
-        return self.nats.sum() / self.n_bytes.sum() / math.log(2), self.nats / self.n_bytes / math.log(2)
+        """(overall (), per domain (D,)); NaN for a domain without text."""
+        n_bytes = self.letters * self.bytes_per_letter_D
+        return self.nats.sum() / n_bytes.sum() / math.log(2), self.nats / n_bytes / math.log(2)
 
 
 class Validation:
     """The figures of a validation. They are no part of the module, whose precision (`bf16-true`) they would take.
 
     Args:
-        bytes_per_token_V: of the tokenizer.
-        domains: names, by the index that batches have them by.
+        files: whose held-out text it is.
         device: where the batches are.
     """
 
-    def __init__(self, bytes_per_token_V: Tensor, domains: list[str], device: torch.device) -> None:
-        self.domains = domains
+    def __init__(self, files: TokenFiles, device: torch.device) -> None:
+        self.domains = files.domains
         self.loss, self.ffn_per_token = MeanMetric().to(device), MeanMetric().to(device)
-        self.bits_per_byte = BitsPerByte(bytes_per_token_V, len(domains)).to(device)
+        self.bits_per_byte = BitsPerByte(files.letters_per_token, files.bytes_per_letter).to(device)
 
     def update(self, nats_BS: Tensor, targets_BS: Tensor, domain_B: Tensor, ffn_LT: Tensor) -> None:
         """`ffn_LT` is how many FFN experts compute each token; the rest as for BitsPerByte."""

@@ -171,7 +171,7 @@ class LitMoE(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         files = self.trainer.datamodule.files  # type: ignore[attr-defined]
-        self.validation = Validation(files.bytes_per_token, files.domains, self.device)
+        self.validation = Validation(files, self.device)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         hidden_BSD, routings = self.model.hidden(batch["inputs"])
@@ -244,10 +244,8 @@ class LitMoE(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         files = self.trainer.datamodule.files  # type: ignore[attr-defined]
-        trained_on = files.label, files.meta["data_hash"]
-        checkpoint["moepp"] = described(
-            self.transformer, self.moe, files.tokenizer_json, *trained_on, self.config_text
-        )
+        trained_on = files.tokenizer_json, files.end_of_text, files.label, files.meta["data_hash"]
+        checkpoint["moepp"] = described(self.transformer, self.moe, *trained_on, self.config_text)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another shape or of another text, naming the difference.

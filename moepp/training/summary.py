@@ -15,7 +15,6 @@ from moepp.model import count_parameters
 from moepp.model.generate import generate
 from moepp.system.files import replacing
 from moepp.system.machine import device_name, provenance
-from moepp.text.tokenizer import END_OF_TEXT_ID
 from moepp.training.metrics import BITS, FFN, FINAL, LOSS, PERPLEXITY
 from moepp.training.module import LitMoE
 
@@ -83,7 +82,7 @@ class Summary(L.Callback):
             length = min(SAMPLE_TOKENS, model.transformer.context_length - len(prompt))
             if length < 1:
                 continue
-            whole = generate(model.model, prompt.to(model.device), length, stop=END_OF_TEXT_ID).tolist()
+            whole = generate(model.model, prompt.to(model.device), length, stop=tokens.end_of_text).tolist()
             before, after = map(tokens.tokenizer.decode, (whole[: len(prompt)], whole[len(prompt) :]))
             lines.append(f"— {domain}: {before}⟶{after}")
         return "\n\n".join(lines)

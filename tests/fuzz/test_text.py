@@ -57,7 +57,8 @@ def use(folder: Path) -> None:
     data.setup()
     data.files.describe()
     assert isinstance(data.files.meta["data_hash"], str)  # goes into checkpoints
-    assert data.files.bytes_per_token.shape == (VOCABULARY,)
+    assert data.files.letters_per_token.shape == (VOCABULARY,)
+    assert (data.files.bytes_per_letter == 1).all()
     for loader in (data.train_dataloader(), data.val_dataloader()):
         for batch in loader:
             assert 0 <= batch["inputs"].min() <= batch["inputs"].max() < VOCABULARY

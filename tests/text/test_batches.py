@@ -101,7 +101,8 @@ def test_bytes_of_validation_targets_are_the_bytes_of_the_documents(folder: str)
     sizes = [0, 0, 0]
     for batch in held_out(files, S, B):
         for targets, domain in zip(batch["targets"], batch["domain"], strict=True):
-            sizes[domain] += int(files.bytes_per_token[targets[targets != IGNORE]].sum())
+            sizes[domain] += int(files.letters_per_token[targets[targets != IGNORE]].sum())
+    assert files.bytes_per_letter.tolist() == [1.0] * 3
     assert sizes == [meta["val"]["bytes"] for meta in files.meta["domains"].values()]
 
 

@@ -1,6 +1,7 @@
 """The DataModule: workers, resuming through a real Trainer, bad input."""
 
 import hashlib
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -230,11 +231,14 @@ def test_text_shorter_than_a_sequence_or_a_batch(folder: str) -> None:
     one_line(error, f"{tokens} training tokens", "one batch of 10000 x 1 sequences of 16", "data.batch_size")
 
 
-def test_prepared_folder_of_another_vocabulary(folder: str) -> None:
+def test_prepared_folder_of_another_vocabulary(folder: str, tmp_path: Path) -> None:
+    opened(folder, vocab_size=8192)  # a row that no token needs does no harm
+    larger = shutil.copytree(folder, tmp_path / "larger")
+    meta = json.loads((larger / "meta.json").read_text()) | {"vocab_size": 321, "padded_vocab_size": 384}
+    (larger / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(InputError) as error:
-        opened(folder, vocab_size=8192)
-    one_line(error, "vocabulary of 320, not of 8192", "data.vocab_size=320")
-    opened(folder, vocab_size=320)
+        opened(str(larger), vocab_size=320)
+    one_line(error, "vocabulary of 321, more than the model's 320", "data.vocab_size=384")
 
 
 def test_truncated_token_file(folder: str, tmp_path: Path) -> None:

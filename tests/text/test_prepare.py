@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
 from moepp.model.errors import InputError
 from moepp.text import prepare as preparing
 from moepp.text.prepare import prepare
 from moepp.text.token_files import TokenFiles
+from moepp.text.tokenizer import Vocabulary
 from tests.text.conftest import make, one_line, write_text
 
 
@@ -83,7 +83,7 @@ def test_tokenizer_learns_from_training_documents_alone(tmp_path: Path, monkeypa
     seen: list[str] = []
     train = preparing.train_tokenizer
 
-    def spy(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    def spy(texts: Iterable[str], vocab_size: int) -> Vocabulary:
         seen[:] = texts
         return train(seen, vocab_size)
 
@@ -209,4 +209,4 @@ def test_a_vocabulary_that_the_text_cannot_fill_is_named(
 ) -> None:
     write_text(tmp_path / "text", {"a": 5})
     make(tmp_path, progress=True, vocab_size=5000)
-    assert "of vocab_size=5,000 the rest will stand unused" in capsys.readouterr().out
+    assert "of vocab_size=5,000 the rest stands unused" in capsys.readouterr().out

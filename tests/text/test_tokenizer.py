@@ -19,7 +19,7 @@ def test_tokenizer_is_lossless(prepared: tuple[list[tuple[str, str]], TokenFiles
     _, files = prepared
     ids = files.tokenizer.encode(text).ids
     assert files.tokenizer.decode(ids) == text
-    assert files.bytes_per_token[ids].sum() == len(text.encode())
+    assert files.letters_per_token[ids].sum() == len(text.encode())
 
 
 def test_end_of_text_inside_a_text_is_text(prepared: tuple[list[tuple[str, str]], TokenFiles]) -> None:
@@ -41,9 +41,10 @@ def test_padding_of_the_vocabulary_and_dtype(tmp_path: Path) -> None:
     assert (files.train.dtype, files.meta["padded_vocab_size"]) == (np.uint32, 65600)
 
 
-def test_bytes_per_token(prepared: tuple[list[tuple[str, str]], TokenFiles]) -> None:
+def test_letters_of_a_byte_level_tokenizer_are_bytes(prepared: tuple[list[tuple[str, str]], TokenFiles]) -> None:
     _, files = prepared
-    counts = files.bytes_per_token
+    counts = files.letters_per_token
+    assert files.bytes_per_letter.tolist() == [1.0, 1.0, 0.0]  # nothing of the third domain is held out
     assert counts.dtype == torch.int64
     assert counts.shape == (320,)
     assert counts[0] == 0

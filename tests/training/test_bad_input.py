@@ -121,9 +121,10 @@ def test_token_files(text_file: Path, workdir: Path, capsys) -> None:
     tokenizer["model"]["merges"].pop()
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert "another tokenizer" in refused(capsys, "fit", *tiny(text_file), "--data.path=other")
-    assert "data.vocab_size" in refused(
-        capsys, "fit", *tiny(text_file), f"--data.path={whole}", "--data.vocab_size=512"
-    )
+    larger = damaged("larger")
+    meta = json.loads((larger / "meta.json").read_text()) | {"vocab_size": 400, "padded_vocab_size": 448}
+    (larger / "meta.json").write_text(json.dumps(meta))
+    assert "set data.vocab_size=448" in refused(capsys, "fit", *tiny(text_file), "--data.path=larger")
 
 
 def test_checkpoints(text_file: Path, workdir: Path, capsys) -> None:

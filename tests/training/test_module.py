@@ -42,16 +42,16 @@ def test_impossible_optimizer(bad: dict) -> None:
 
 
 def test_bits_per_byte_by_hand() -> None:
-    metric = BitsPerByte(torch.tensor([0, 1, 3]), n_domains=3)
+    metric = BitsPerByte(torch.tensor([0, 1, 3]), torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64))
     # domain 0: tokens of 1 and 3 bytes at 2 and 4 bits, an end of text and padding that do not count
     bits = torch.tensor([[2.0, 4.0, 9.0, 9.0], [6.0, 0.0, 0.0, 0.0]])
     targets = torch.tensor([[1, 2, 0, -100], [2, -100, -100, -100]])
     metric.update(bits * math.log(2), targets, torch.tensor([0, 2]))
     overall, by_domain = metric.compute()
-    assert overall.item() == pytest.approx((2 + 4 + 6) / (1 + 3 + 3))
+    assert overall.item() == pytest.approx((2 + 4 + 6) / (1 + 3 + 3 / 2))
     assert by_domain[0].item() == pytest.approx(6 / 4)
     assert by_domain[1].isnan()
-    assert by_domain[2].item() == pytest.approx(6 / 3)
+    assert by_domain[2].item() == pytest.approx(6 / (3 / 2))
 
 
 def test_flops_by_hand() -> None:
@@ -66,7 +66,8 @@ def test_validation_weighs_tokens_not_batches(monkeypatch: pytest.MonkeyPatch) -
     """A batch of nothing but padding (as one of several devices may get) changes nothing, and is no NaN."""
     torch.manual_seed(0)
     module = LitMoE(TransformerConfig(64, 1, 16, 24, 2, context_length=8), MoEConfig()).eval()
-    files = type("Files", (), {"domains": ["a"], "bytes_per_token": torch.ones(64, dtype=torch.long)})
+    letters = {"letters_per_token": torch.ones(64, dtype=torch.long), "bytes_per_letter": torch.ones(1).double()}
+    files = type("Files", (), {"domains": ["a"]} | letters)
     data = type("Data", (), {"files": files, "seq_len": 8})
     module._trainer = type("Trainer", (), {"datamodule": data})()
     module.setup("fit")

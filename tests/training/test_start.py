@@ -46,10 +46,14 @@ def test_convert_adds_what_it_is_asked_for(start: Path, monkeypatch: pytest.Monk
     tokens = torch.arange(60).view(2, 30)
     torch.testing.assert_close(after.model(tokens).logits, before.model(tokens).logits, rtol=0, atol=1e-5)
     assert main(["convert", "vanilla.ckpt", "default.ckpt"]) == 0
-    assert load("default.ckpt").model.moe_config.n_zero == 4  # half of the FFN experts
-    assert main(["convert", "vanilla.ckpt", "copies.ckpt", "--n_copy=1", "--n_const=2"]) == 0
+    moe = load("default.ckpt").model.moe_config
+    assert (moe.n_zero, moe.expected_ffn_per_token) == (1, pytest.approx(4 / 3))
+    assert (
+        main(["convert", "vanilla.ckpt", "copies.ckpt", "--n_copy=1", "--n_const=2", "--ffn_per_token=1.5"]) == 0
+    )
     moe = load("copies.ckpt").model.moe_config
     assert (moe.n_zero, moe.n_copy, moe.n_const) == (0, 1, 2)
+    assert moe.expected_ffn_per_token == pytest.approx(1.5)
 
 
 def test_a_run_goes_on_from_the_checkpoint_and_lets_the_experts_in(
@@ -148,6 +152,7 @@ def test_what_is_refused(
         (further(text_file, "--model.distill.weight=2"), "distill.weight: must be between 0 and 1"),
         (["convert", "converted.ckpt", "new.ckpt"], "has 3 zero-computation experts already"),
         (["convert", "vanilla.ckpt", "converted.ckpt"], "exists already"),
+        (["convert", "vanilla.ckpt", "new.ckpt", "--ffn_per_token=2"], "ffn_per_token: must be above 0 and below"),
         (["convert", "vanilla.ckpt", "new.ckpt", "--n_ffn=4"], "moe.n_ffn: must be 1"),
     ):
         assert main(arguments) == 2

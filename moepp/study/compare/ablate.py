@@ -105,8 +105,8 @@ def convert(start: Start, runs: list[Run]) -> None:
             moe = run.variant.moe
             added = moe.n_zero, moe.n_copy, moe.n_const
             loaded = load(trained)
-            model = add_zero_computation(loaded.model, *added, run.variant.noise, run.seed)
-            write_checkpoint(path, checkpoint_of(model, loaded.meta["tokenizer"], loaded.meta["data"]))
+            model = add_zero_computation(loaded.model, *added, noise=run.variant.noise, seed=run.seed)
+            write_checkpoint(path, checkpoint_of(model, *loaded.origin))
 
 
 def refuse_changed_options(runs: list[Run]) -> None:
