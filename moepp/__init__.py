@@ -6,10 +6,10 @@ The names below are imported when they are first used, so that `import moepp` an
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moepp.model import MoEConfig, MoELayer, Transformer, TransformerConfig, load_released
+    from moepp.model import MoEConfig, MoELayer, Transformer, TransformerConfig, load_foreign, load_released
 
 __version__ = "0.1.0"
-__all__ = ["MoEConfig", "MoELayer", "Transformer", "TransformerConfig", "load_released"]
+__all__ = ["MoEConfig", "MoELayer", "Transformer", "TransformerConfig", "load_foreign", "load_released"]
 
 
 def __getattr__(name: str) -> Any:

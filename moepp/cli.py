@@ -23,7 +23,7 @@ VERBS = {  # verb: (module, whose `run` takes verb and arguments; what it does)
     ),
     "export": ("moepp.training.commands", "a checkpoint → a released (Hugging Face) folder"),
 }
-STUDY = {"matplotlib", "scipy", "pandas", "PIL", "jinja2"}  # what the extra `study` brings
+STUDY = {"matplotlib", "scipy", "pandas", "jinja2"}  # what the extra `study` brings
 
 
 def main(argv: Sequence[str] | None = None) -> int:

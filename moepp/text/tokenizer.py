@@ -36,8 +36,7 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """The highest id and 1: somebody else's may have gaps."""
-        return 1 + max(self.tokenizer.get_vocab().values())
+        return vocabulary_size(self.tokenizer)
 
     @classmethod
     def read(cls, path: Path) -> "Vocabulary":
@@ -46,11 +45,7 @@ class Vocabulary:
         Raises:
             InputError: no such file, no tokenizer, or nothing in it ends a text.
         """
-        try:
-            tokenizer_json = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"tokenizer: {path} cannot be read ({error})") from error
-        tokenizer = load_tokenizer(tokenizer_json, f"tokenizer: {path}")
+        tokenizer_json, tokenizer = read_tokenizer(path)
         if (end := end_of_text(tokenizer, path.parent)) is None:
             raise InputError(f"tokenizer: {path}: say what ends a text, as eos_token in tokenizer_config.json")
         return cls(tokenizer_json, tokenizer, end)
@@ -69,6 +64,24 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Vocabulary:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return Vocabulary(tokenizer.to_str(pretty=True), load_tokenizer(tokenizer.to_str()), END_OF_TEXT_ID)
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """The highest id and 1: somebody else's may have gaps."""
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
+
+
+def read_tokenizer(path: Path) -> tuple[str, Tokenizer]:
+    """Somebody else's `tokenizer.json`, as it is and read.
+
+    Raises:
+        InputError: no such file, or no tokenizer.
+    """
+    try:
+        tokenizer_json = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"tokenizer: {path} cannot be read ({error})") from error
+    return tokenizer_json, load_tokenizer(tokenizer_json, f"tokenizer: {path}")
 
 
 def load_tokenizer(tokenizer_json: str, name: str = "the tokenizer") -> Tokenizer:

@@ -16,10 +16,11 @@ from moepp.model import (
     upcycle,
 )
 from moepp.model import generate as generation
+from moepp.model.config import require
 from moepp.model.weights import read_json
 from moepp.text.prepare import prepare as prepare_text
 from moepp.text.token_files import TokenFiles
-from moepp.text.tokenizer import end_of_text, load_tokenizer
+from moepp.text.tokenizer import end_of_text, read_tokenizer, vocabulary_size
 from moepp.training.arguments import OneLineParser
 from moepp.training.checkpoint import checkpoint_of, load, newest_checkpoint, write_checkpoint
 
@@ -104,15 +105,12 @@ def import_(folder: str, ckpt: str, tokenizer: str | None = None) -> None:
     released = read_json(Path(folder))["model_type"] == "MoE++"
     model = load_released(folder) if released else load_foreign(folder)
     path = Path(tokenizer) if tokenizer else Path(folder) / "tokenizer.json"
-    if tokenizer and not path.is_file():
-        raise InputError(f"tokenizer: {path} does not exist")
     text = end = None
-    if path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"tokenizer: {path} is not UTF-8 ({error})") from error
-        end = end_of_text(load_tokenizer(text, f"tokenizer: {path}"), path.parent)
+    if tokenizer or path.is_file():
+        text, read = read_tokenizer(path)
+        end = end_of_text(read, path.parent)
+        size, rows = vocabulary_size(read), model.config.vocab_size
+        require(size <= rows, f"tokenizer: {path}", f"{size} tokens", f"must fit the model's vocab_size={rows}")
     write_model(ckpt, model, text, end, f"what {folder} was trained on")
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from moepp.cli import main
 from moepp.model import load_released
@@ -32,7 +34,7 @@ def test_a_released_folder_there_and_back(workdir: Path, capsys: pytest.CaptureF
         (["import", str(REFERENCE), "in/model.ckpt"], "exists already"),
         (["export", "out", "--ckpt=in/model.ckpt"], "exists already"),
         (["generate", "--ckpt=in/model.ckpt"], "has no tokenizer"),
-        (["import", str(REFERENCE), "other.ckpt", "--tokenizer=nowhere.json"], "nowhere.json does not exist"),
+        (["import", str(REFERENCE), "other.ckpt", "--tokenizer=nowhere.json"], "nowhere.json cannot be read"),
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
@@ -57,6 +59,9 @@ def test_a_folder_of_others_becomes_a_checkpoint(workdir: Path, capsys: pytest.C
     with torch.no_grad():
         torch.testing.assert_close(load("in/model.ckpt").model(tokens).logits, theirs(tokens).logits)
     assert main(["convert", "in/model.ckpt", "in/converted.ckpt", "--n_zero=2"]) == 0
+    Tokenizer(WordLevel({"a": 0, "b": 64})).save("wide.json")
+    assert main(["import", "mixtral", "other.ckpt", "--tokenizer=wide.json"]) == 2
+    assert "wide.json: must fit the model's vocab_size=64, got 65 tokens" in capsys.readouterr().err
     capsys.readouterr()
     (workdir / "mixtral/model.safetensors").unlink()
     assert main(["import", "mixtral", "other.ckpt"]) == 2
