@@ -91,7 +91,8 @@ def test_gradients_are_theirs(name: str) -> None:
 def test_with_every_part_at_work_it_is_our_own_model(name: str, tmp_path: Path) -> None:
     theirs = awake(name, torch.float32)
     build(name).save_pretrained(tmp_path)
-    ours: Transformer = add_zero_computation(load_foreign(tmp_path), **ADDED)
+    ffn_per_token = theirs.model.layers[0].mlp.moe.expected_ffn_per_token
+    ours: Transformer = add_zero_computation(load_foreign(tmp_path), **ADDED, ffn_per_token=ffn_per_token)
     with torch.no_grad():
         for block, layer in zip(ours.blocks, theirs.model.layers, strict=True):
             router, gate = block.moe.router, layer.mlp.gate

@@ -238,9 +238,11 @@ def test_a_callback_works_beside_ours(text_file: Path, workdir: Path, callback: 
 def test_device_stats_are_logged_where_psutil_is(
     text_file: Path, workdir: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    is_there = "lightning.pytorch.callbacks.device_stats_monitor._PSUTIL_AVAILABLE"
+    monkeypatch.setattr(is_there, False)
     assert "psutil" in refused(capsys, "fit", *options_of(text_file, "callbacks=DeviceStatsMonitor"))
     stats = {"cpu_percent": 7.0}
-    monkeypatch.setattr("lightning.pytorch.callbacks.device_stats_monitor._PSUTIL_AVAILABLE", True)
+    monkeypatch.setattr(is_there, True)
     monkeypatch.setattr("lightning.pytorch.accelerators.cpu.CPUAccelerator.get_device_stats", lambda *_: stats)
     run = Run(*options_of(text_file, "callbacks=DeviceStatsMonitor"))
     assert run.steps("DeviceStatsMonitor.on_train_batch_end/cpu_percent")
