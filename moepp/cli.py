@@ -13,14 +13,8 @@ VERBS = {  # verb: (module, whose `run` takes verb and arguments; what it does)
     "figures": ("moepp.study.figures.command", "what the router does, drawn and counted: --ckpt PATH"),
     "prepare": ("moepp.training.commands", "text → tokenizer → token files"),
     "generate": ("moepp.training.commands", "text from a checkpoint"),
-    "import": (
-        "moepp.training.commands",
-        "a Hugging Face folder (MoE++, Mixtral, …) → a checkpoint",
-    ),
-    "convert": (
-        "moepp.training.commands",
-        "a vanilla MoE or dense checkpoint → one with more experts",
-    ),
+    "import": ("moepp.training.commands", "a Hugging Face folder (MoE++, Mixtral, …) → a checkpoint"),
+    "convert": ("moepp.training.commands", "a vanilla MoE or dense checkpoint → one with more experts"),
     "export": ("moepp.training.commands", "a checkpoint → a released (Hugging Face) folder"),
 }
 STUDY = {"matplotlib", "scipy", "pandas", "jinja2"}  # what the extra `study` brings

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moepp.model import InputError, MoEConfig, Routing
+from moepp.model.autocast import to_autocast
 from moepp.model.experts import Terms, ZeroComputationExperts, ffn_experts
 from moepp.model.router import Router
 
@@ -92,9 +93,7 @@ class SwappedBlock(nn.Module):
             if self.pathway.has_gradient and not torch.is_grad_enabled():
                 raise InputError("gradient checkpointing with use_reentrant=True loses gradients of the router")
             self.pathway.routings.append(routing)
-        x_TD = hidden_states.flatten(0, 1)
-        if torch.is_autocast_enabled(x_TD.device.type):
-            x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
+        x_TD = to_autocast(hidden_states.flatten(0, 1))
         terms = None if self.zero_computation is None else self.zero_computation(x_TD, routing)
         return self.experts(x_TD, routing, terms).view_as(hidden_states)
 

@@ -38,17 +38,16 @@ class Family:
     must_be: dict[str, Any] = field(default_factory=dict)  # key: what it is where it says nothing of interest
 
 
-ROUTED = {"attention_bias": False}
 FAMILIES = {
     "mixtral": Family(expert=("w1", "w3", "w2")),
     "qwen3_moe": Family(
         intermediate_size="moe_intermediate_size",
         qk_norm="head",
         renormalize=None,
-        must_be=ROUTED | {"decoder_sparse_step": 1, "mlp_only_layers": [], "shared_expert_intermediate_size": 0},
+        must_be={"decoder_sparse_step": 1, "mlp_only_layers": [], "shared_expert_intermediate_size": 0},
     ),
-    "olmoe": Family(qk_norm="width", renormalize=None, must_be=ROUTED | {"clip_qkv": None}),
-    "llama": Family(routed=False, must_be={"attention_bias": False, "mlp_bias": False}),
+    "olmoe": Family(qk_norm="width", renormalize=None, must_be={"clip_qkv": None}),
+    "llama": Family(routed=False, must_be={"mlp_bias": False}),
 }
 
 
@@ -116,6 +115,7 @@ def require_supported(config: dict[str, Any], rope: dict[str, Any], family: Fami
     scaling = config.get("rope_scaling") or rope
     rules = {
         "hidden_act": config.get("hidden_act", "silu") == "silu",
+        "attention_bias": not config.get("attention_bias"),
         "rope_scaling": scaling.get("rope_type", scaling.get("type", "default")) == "default",
         # a window that no sequence reaches is none
         "sliding_window": not config.get("use_sliding_window", True) or window is None or window >= context,

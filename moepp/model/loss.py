@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .autocast import to_autocast
+
 LossAndGradient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 CHUNK = 1024  # tokens
 # A GPU has no cache to fit, and for every chunk it would add (V, D) to the head's gradient in float32.
@@ -26,9 +28,7 @@ def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
     Under autocast the products are in its dtype; the softmax is in float32 at least, fused by torch.compile where
     that is asked for. There must be a target for every token. Returns a scalar.
     """
-    if torch.is_autocast_enabled(hidden_ND.device.type):
-        dtype = torch.get_autocast_dtype(hidden_ND.device.type)
-        hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
+    hidden_ND, weight_VD = to_autocast(hidden_ND), to_autocast(weight_VD)
     softmax = compiled_nll_and_gradient() if compile else nll_and_gradient
     return LinearLoss.apply(hidden_ND, weight_VD, lambda logits, rows: softmax(logits, targets_N[rows, None]))
 
@@ -41,6 +41,8 @@ def linear_distillation(
     T² keeps the gradient's size whatever T is. The widths of the two need not be equal; gradients reach the
     student alone. Returns a scalar.
     """
+    hidden_ND, weight_VD = to_autocast(hidden_ND), to_autocast(weight_VD)
+    teacher_ND, teacher_VD = to_autocast(teacher_ND), to_autocast(teacher_VD)
 
     def kl_and_gradient(logits_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(logits_CV.dtype, torch.float32)
@@ -50,11 +52,6 @@ def linear_distillation(
         kl = (probs_CV * (teacher_CV - student_CV)).sum()
         return temperature**2 * kl, (student_CV.exp() - probs_CV).mul_(temperature).to(logits_CV.dtype)
 
-    if torch.is_autocast_enabled(hidden_ND.device.type):
-        dtype = torch.get_autocast_dtype(hidden_ND.device.type)
-        hidden_ND, weight_VD, teacher_ND, teacher_VD = (
-            tensor.to(dtype) for tensor in (hidden_ND, weight_VD, teacher_ND, teacher_VD)
-        )
     return LinearLoss.apply(hidden_ND, weight_VD, kl_and_gradient)
 
 

@@ -1,8 +1,8 @@
 """The MoE++ layer: route, compute, combine."""
 
-import torch
 from torch import Tensor, nn
 
+from .autocast import to_autocast
 from .config import MoEConfig
 from .experts import FFNExperts, ZeroComputationExperts
 from .init import draw_seed, init_parameters
@@ -36,9 +36,7 @@ class MoELayer(nn.Module):
         """
         x_BSD = x.reshape(-1, *x.shape[-2:]) if x.dim() > 1 else x.view(1, 1, -1)
         routing = self.router(x_BSD, previous_logits)
-        x_TD = x_BSD.flatten(0, 1)
-        if torch.is_autocast_enabled(x.device.type):
-            x_TD = x_TD.to(torch.get_autocast_dtype(x.device.type))
+        x_TD = to_autocast(x_BSD.flatten(0, 1))
         if self.moe.scale_expert_input != 1.0:
             x_TD = x_TD * self.moe.scale_expert_input
         return self.experts(x_TD, routing).view_as(x), routing

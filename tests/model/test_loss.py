@@ -5,6 +5,15 @@ import torch.nn.functional as F
 from moepp.model import loss
 
 
+def agree(actual: torch.Tensor, expected: torch.Tensor, *inputs: torch.Tensor) -> None:
+    """In value, and in the gradients of three times as much."""
+    torch.testing.assert_close(actual, expected)
+    for mine, autograd in zip(
+        torch.autograd.grad(3 * actual, inputs), torch.autograd.grad(3 * expected, inputs), strict=True
+    ):
+        torch.testing.assert_close(mine, autograd)
+
+
 @pytest.mark.parametrize("n_tokens", [1, 6, 7, 20])
 def test_equals_cross_entropy_of_the_logits(n_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "CHUNK", 7)
@@ -14,13 +23,7 @@ def test_equals_cross_entropy_of_the_logits(n_tokens: int, monkeypatch: pytest.M
     targets = torch.randint(11, (n_tokens,))
     expected = F.cross_entropy(hidden @ weight.T, targets)
     actual = loss.linear_cross_entropy(hidden, weight, targets)
-    torch.testing.assert_close(actual, expected)
-    for mine, autograd in zip(
-        torch.autograd.grad(3 * actual, (hidden, weight)),
-        torch.autograd.grad(3 * expected, (hidden, weight)),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, autograd)
+    agree(actual, expected, hidden, weight)
     assert torch.autograd.gradcheck(lambda h, w: loss.linear_cross_entropy(h, w, targets), (hidden, weight))
 
 
@@ -39,13 +42,7 @@ def test_distillation_equals_the_divergence_of_the_logits(
         reduction="batchmean",
     )
     actual = loss.linear_distillation(hidden, weight, teacher, head, temperature)
-    torch.testing.assert_close(actual, expected)
-    for mine, autograd in zip(
-        torch.autograd.grad(3 * actual, (hidden, weight)),
-        torch.autograd.grad(3 * expected, (hidden, weight)),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, autograd)
+    agree(actual, expected, hidden, weight)
     same = loss.linear_distillation(hidden, weight, hidden.detach(), weight.detach(), temperature)
     assert same.item() == pytest.approx(0, abs=1e-12)
 

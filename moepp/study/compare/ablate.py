@@ -66,9 +66,7 @@ def run(verb: str, arguments: list[str]) -> None:
             raise InputError(f"{name}: must be from 1 to {MOST}, got {settings[name]}")
     base = options.base or options.matrix.parent / str(settings.get("base"))
     out = options.out or Path("runs") / (options.matrix.stem + ("-quick" if options.quick else ""))
-    if options.quick and "start" in contents["quick"]:
-        contents["start"] = contents["quick"]["start"]
-    matrix = resolve(options.matrix, contents, base, overrides, out)
+    matrix = resolve(options.matrix, settings, base, overrides, out)
     runs = matrix.runs(settings["seeds"], out)
     refuse_changed_options(runs)
     if options.dry_run:
@@ -100,12 +98,12 @@ def run(verb: str, arguments: list[str]) -> None:
 def convert(start: Start, runs: list[Run]) -> None:
     """Write what the runs start from, where that is not the trained model itself."""
     for run in runs:
-        trained, path = start.checkpoint(run.seed), Path(run.options["model"]["init_from"])
-        if trained != path and trained.is_file():
-            moe = run.variant.moe
+        moe, trained = run.variant.moe, start.checkpoint(run.seed)
+        if moe.n_zero_computation and trained.is_file():
             added = moe.n_zero, moe.n_copy, moe.n_const
             loaded = load(trained)
             model = add_zero_computation(loaded.model, *added, noise=run.variant.noise, seed=run.seed)
+            path = start.checkpoint(run.seed, run.variant.name)
             write_checkpoint(path, checkpoint_of(model, *loaded.origin))
 
 
