@@ -15,7 +15,7 @@ VERBS = {  # verb: (module, whose `run` takes verb and arguments; what it does)
     "generate": ("moepp.training.commands", "text from a checkpoint"),
     "import": ("moepp.training.commands", "a Hugging Face folder (MoE++, Mixtral, …) → a checkpoint"),
     "convert": ("moepp.training.commands", "a vanilla MoE or dense checkpoint → one with more experts"),
-    "export": ("moepp.training.commands", "a checkpoint → a released (Hugging Face) folder"),
+    "export": ("moepp.training.commands", "a checkpoint → a Hugging Face folder: --format=hf is for transformers"),
 }
 STUDY = {"matplotlib", "scipy", "pandas", "jinja2"}  # what the extra `study` brings
 

@@ -8,6 +8,7 @@ from .conversion import add_zero_computation, upcycle
 from .counts import ParameterCount, count_parameters, flops_per_token
 from .errors import InputError
 from .foreign import load_foreign
+from .hub import export_hub, load_hub
 from .loss import linear_cross_entropy, linear_distillation, nll_by_token
 from .moe import MoELayer
 from .released import export_released, load_released
@@ -26,11 +27,13 @@ __all__ = [
     "TransformerConfig",
     "add_zero_computation",
     "count_parameters",
+    "export_hub",
     "export_released",
     "flops_per_token",
     "linear_cross_entropy",
     "linear_distillation",
     "load_foreign",
+    "load_hub",
     "load_released",
     "mean_load_balance_loss",
     "nll_by_token",

@@ -135,9 +135,6 @@ def tensor_names(
     gate, up, down = family.expert
     for i in range(transformer.n_layers):
         ours, theirs = f"blocks.{i}", f"model.layers.{i}"
-        if transformer.qk_norm != "none":
-            for part in "qk":
-                yield f"{ours}.attention.{part}_norm.weight", [[f"{theirs}.self_attn.{part}_norm.weight"]]
         # Mixtral's block has one name on disk and another in memory
         old = f"{theirs}.block_sparse_moe"
         mlp = old if f"{old}.gate.weight" in tensors else f"{theirs}.mlp"

@@ -16,7 +16,7 @@ from torch import Tensor
 from .config import MoEConfig, TransformerConfig
 from .errors import InputError
 from .transformer import Transformer
-from .weights import Parts, Shards, dense_names, fill, read_json
+from .weights import Parts, Shards, dense_names, fill, read_json, save_shards
 
 # nothing else fits the format
 HELD: dict[str, Any] = {"n_zero": 1, "n_copy": 1, "n_const": 2, "top_k": 2}
@@ -50,13 +50,11 @@ def load_released(folder: str | Path) -> Transformer:
 
 
 def export_released(model: Transformer, folder: str | Path) -> None:
-    """Write `model` as a released folder (`config.json`, `model.safetensors`).
+    """Write `model` as a released folder (`config.json` and `.safetensors`).
 
     Raises:
         InputError: the model has a shape that the format cannot hold.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     config = write_config(model.config, model.moe_config)
     tensors: dict[str, Tensor] = {}
@@ -70,12 +68,12 @@ def export_released(model: Transformer, folder: str | Path) -> None:
         else:
             values = [value]
         names = chain.from_iterable(parts)
-        tensors |= {part: v.contiguous().clone() for part, v in zip(names, values, strict=True)}
+        tensors |= dict(zip(names, values, strict=True))
     E = model.moe_config.n_experts
     for i in range(model.config.n_layers):  # no gating residual is a residual of zero; layer 0's is never used
         tensors.setdefault(f"model.layers.{i}.mlp.moe.gate.gate_map.weight", torch.zeros(E, E))
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_shards(tensors, folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -100,11 +100,40 @@ class SafeTensors(Mapping[str, Tensor]):
         return len(self.names)
 
 
+SHARD_BYTES = 5_000_000_000
+
+
+def save_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write model.safetensors, or several with their index where they are larger than one may be."""
+    from safetensors.torch import save_file
+
+    shards: list[list[str]] = [[]]
+    left = SHARD_BYTES
+    for name, tensor in tensors.items():
+        if tensor.nbytes > left and shards[-1]:
+            shards.append([])
+            left = SHARD_BYTES
+        shards[-1].append(name)
+        left -= tensor.nbytes
+    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = ["model.safetensors"]
+    else:
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for file, names in zip(files, shards, strict=True):  # parts of one tensor of ours may not share its memory
+        copies = {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in names}
+        save_file(copies, folder / file, metadata={"format": "pt"})
+
+
 Parts = list[list[str]]  # of one parameter: what to concatenate, and of several such what to stack
 
 
 def dense_names(config: TransformerConfig) -> Iterator[tuple[str, Parts]]:
-    """(our parameter, the tensors it is made of) of all but MoE layers and q/k-norms, in Llama's names."""
+    """(our parameter, the tensors it is made of) of all but MoE layers, in Llama's names."""
     yield "embedding.weight", [["model.embed_tokens.weight"]]
     yield "norm.weight", [["model.norm.weight"]]
     if not config.tie_embeddings:
@@ -115,6 +144,9 @@ def dense_names(config: TransformerConfig) -> Iterator[tuple[str, Parts]]:
         yield f"{ours}.moe_norm.weight", [[f"{theirs}.post_attention_layernorm.weight"]]
         yield f"{ours}.attention.qkv.weight", [[f"{theirs}.self_attn.{part}_proj.weight" for part in "qkv"]]
         yield f"{ours}.attention.output.weight", [[f"{theirs}.self_attn.o_proj.weight"]]
+        if config.qk_norm != "none":
+            for part in "qk":
+                yield f"{ours}.attention.{part}_norm.weight", [[f"{theirs}.self_attn.{part}_norm.weight"]]
 
 
 @torch.no_grad()

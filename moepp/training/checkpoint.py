@@ -16,9 +16,10 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from tokenizers import Tokenizer
 
 from moepp.model import InputError, MoEConfig, Transformer, TransformerConfig
+from moepp.model.config import require
 from moepp.system.files import replacing, sha256_of
 from moepp.system.machine import provenance
-from moepp.text.tokenizer import load_tokenizer
+from moepp.text.tokenizer import end_of_text, load_tokenizer
 
 
 def write_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
@@ -141,6 +142,19 @@ class Loaded:
     meta: dict[str, Any]
 
     @property
+    def end_of_text(self) -> int | None:
+        """The token that ends a text; None where nobody knows it."""
+        read = None if self.tokenizer is None else end_of_text(self.tokenizer)
+        return self.meta.get("end_of_text", read)
+
+    @property
+    def begins_with_end(self) -> bool:
+        """Whether the end of another text is to stand before a text. An imported model wants there what its
+        tokenizer puts there, if it puts anything."""
+        own = self.tokenizer is not None and self.tokenizer.num_special_tokens_to_add(False) > 0
+        return self.end_of_text is not None and not (own and self.meta.get("data_hash") is None)
+
+    @property
     def origin(self) -> tuple[Any, ...]:
         """For `checkpoint_of`, of another model that is made from this one."""
         return tuple(self.meta.get(key) for key in ("tokenizer", "end_of_text", "data", "data_hash"))
@@ -159,6 +173,11 @@ def load(path: str | Path) -> Loaded:
         state = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
         model.load_state_dict({name: state[name] for name in model.state_dict()})
         tokenizer = load_tokenizer(meta["tokenizer"], f"{path}: its tokenizer") if meta["tokenizer"] else None
+        for key, kind in {"data": str, "data_hash": str, "config": str, "end_of_text": int}.items():
+            # a checkpoint of before may not have one
+            require(
+                isinstance(meta.get(key), kind | None), f"{path}: {key}", meta.get(key), f"must be {kind.__name__}"
+            )
     except InputError:
         raise
     except Exception as error:  # of a wrong content each part raises its own

@@ -1,7 +1,7 @@
 """The small verbs: prepare, generate, import, convert, export. Each function's signature is its command line."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import auto_cli
@@ -12,17 +12,21 @@ from moepp.model import (
     add_zero_computation,
     export_released,
     load_foreign,
+    load_hub,
     load_released,
     upcycle,
 )
 from moepp.model import generate as generation
 from moepp.model.config import require
+from moepp.model.hub import MODEL_TYPE
 from moepp.model.weights import read_json
 from moepp.text.prepare import prepare as prepare_text
 from moepp.text.token_files import TokenFiles
-from moepp.text.tokenizer import end_of_text, read_tokenizer, vocabulary_size
+from moepp.text.tokenizer import end_of_text, load_tokenizer, read_tokenizer, vocabulary_size
 from moepp.training.arguments import OneLineParser
 from moepp.training.checkpoint import checkpoint_of, load, newest_checkpoint, write_checkpoint
+from moepp.training.hub_folder import export_hub_folder, read_origin, with_post_processor
+from moepp.training.run_folder import result_of
 
 
 def run(verb: str, arguments: list[str]) -> None:
@@ -75,11 +79,10 @@ def generate(
     if tokenizer is None:
         raise InputError(f"{ckpt}: has no tokenizer; import it with one (moepp import --help)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    end = loaded.meta.get("end_of_text", end_of_text(tokenizer))
-    # an imported model wants before a text what its tokenizer puts there, one trained here the end of another
-    imported = loaded.meta["data_hash"] is None and tokenizer.num_special_tokens_to_add(False) > 0
-    before = [] if end is None or imported else [end]
-    ids = [*before, *tokenizer.encode(prompt, add_special_tokens=imported).ids]
+    end = loaded.end_of_text
+    ids = tokenizer.encode(prompt, add_special_tokens=not loaded.begins_with_end).ids
+    if end is not None and loaded.begins_with_end:
+        ids = [end, *ids]
     if max_new_tokens is None:
         max_new_tokens = max(1, min(200, model.config.context_length - len(ids)))
     whole = generation.generate(
@@ -95,15 +98,15 @@ def generate(
 
 
 def import_(folder: str, ckpt: str, tokenizer: str | None = None) -> None:
-    """Read a Hugging Face folder into a checkpoint: released MoE++, Mixtral, Qwen3-MoE, OLMoE or Llama.
+    """Read a Hugging Face folder into a checkpoint: Mixtral, Qwen3-MoE, OLMoE, Llama, or MoE++ as we export it.
 
     Args:
         folder: the folder, with its config.json and its weights.
         ckpt: the checkpoint to write.
         tokenizer: its tokenizer.json, by default the one in the folder; without any, text cannot be generated.
     """
-    released = read_json(Path(folder))["model_type"] == "MoE++"
-    model = load_released(folder) if released else load_foreign(folder)
+    readers = {"MoE++": load_released, MODEL_TYPE: load_hub}
+    model = readers.get(str(read_json(Path(folder))["model_type"]), load_foreign)(folder)
     path = Path(tokenizer) if tokenizer else Path(folder) / "tokenizer.json"
     text = end = None
     if tokenizer or path.is_file():
@@ -111,7 +114,13 @@ def import_(folder: str, ckpt: str, tokenizer: str | None = None) -> None:
         end = end_of_text(read, path.parent)
         size, rows = vocabulary_size(read), model.config.vocab_size
         require(size <= rows, f"tokenizer: {path}", f"{size} tokens", f"must fit the model's vocab_size={rows}")
-    write_model(ckpt, model, text, end, f"what {folder} was trained on")
+    origin = read_origin(Path(folder))
+    if text is not None and tokenizer is None and "post_processor" in origin:
+        text = with_post_processor(text, origin["post_processor"])
+        load_tokenizer(text, f"tokenizer: {path}")
+    write_model(
+        ckpt, model, text, end, origin.get("data") or f"what {folder} was trained on", origin.get("data_hash")
+    )
 
 
 def convert(
@@ -166,19 +175,25 @@ def write_model(path: str, model: Transformer, *origin: Any) -> None:
     print(path)
 
 
-def export(folder: str, ckpt: str | None = None) -> None:
-    """Write a checkpoint as a released (Hugging Face) folder, with its tokenizer.
+def export(folder: str, ckpt: str | None = None, format: Literal["released", "hf"] = "released") -> None:
+    """Write a checkpoint as a Hugging Face folder, with its tokenizer.
 
     Args:
         folder: the folder to write.
         ckpt: the checkpoint; by default the newest under runs/.
+        format: released is the authors' own, for models of their shape; hf holds any, has a model card, and opens
+            in transformers without moepp (AutoModelForCausalLM, trust_remote_code=True).
     """
-    loaded = load(ckpt or newest_checkpoint())
+    path = Path(ckpt or newest_checkpoint())
+    loaded = load(path)
     if Path(folder).exists():
         raise InputError(f"folder: {folder} exists already; name another or remove it")
-    export_released(loaded.model, folder)
-    if loaded.tokenizer is not None:
-        loaded.tokenizer.save(str(Path(folder) / "tokenizer.json"))
+    if format == "hf":
+        export_hub_folder(loaded, Path(folder), result_of(path))
+    else:
+        export_released(loaded.model, folder)
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.save(str(Path(folder) / "tokenizer.json"))
     print(folder)
 
 

@@ -207,7 +207,8 @@ class MoECLI(LightningCLI):
             tensorboard = TensorBoardLogger(run_dir, name="", version="tensorboard", purge_step=purge)
             loggers = [CSVLog(run_dir, self.begun_step), tensorboard]
         bad_steps = BadSteps()
-        callbacks: list[L.Callback] = [self.run_folder, bad_steps, Monitor(bad_steps), Summary()]
+        monitor = Monitor(bad_steps)
+        callbacks: list[L.Callback] = [self.run_folder, bad_steps, monitor, Summary(monitor)]
         plugins = as_list(config["plugins"])
         if config["enable_checkpointing"] is not False and not config["fast_dev_run"]:
             self.checkpoints = Checkpoints(**self._get(self.config_init, "checkpoints"))

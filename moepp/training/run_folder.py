@@ -1,8 +1,10 @@
 """The folder of a run, claimed by the first of its processes, whoever started them; its options and its log."""
 
+import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import yaml
@@ -10,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from moepp.model import InputError
 from moepp.system.files import differences
-from moepp.training.checkpoint import step_checkpoints
+from moepp.training.checkpoint import read_checkpoint, step_checkpoints
 
 
 class RunFolder(L.Callback):
@@ -78,6 +80,15 @@ class RunFolder(L.Callback):
             path.write_text(text)
             named = ", ".join(f"{key}={new} (was {old})" for key, old, new in changes)
             say(trainer, f"goes on with other options, now in {path}: {named}")
+
+
+def result_of(checkpoint: Path) -> dict[str, Any] | None:
+    """The result.json of the run that a checkpoint lies in, None where there is none of these very weights."""
+    path = checkpoint.absolute().parent.parent / "result.json"
+    if not path.is_file():
+        return None
+    result = json.loads(path.read_text())
+    return result if result["step"] == read_checkpoint(checkpoint).get("global_step") else None
 
 
 def newest_config(run_dir: Path) -> Path | None:

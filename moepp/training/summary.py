@@ -17,6 +17,7 @@ from moepp.system.files import replacing
 from moepp.system.machine import device_name, provenance
 from moepp.training.metrics import BITS, FFN, FINAL, LOSS, PERPLEXITY
 from moepp.training.module import LitMoE
+from moepp.training.monitor import Monitor
 
 N_SAMPLES, SAMPLE_TOKENS = 3, 48  # beginnings of held-out text, and how far the model takes each
 
@@ -24,7 +25,8 @@ N_SAMPLES, SAMPLE_TOKENS = 3, 48  # beginnings of held-out text, and how far the
 class Summary(L.Callback):
     """At the end of a run: a table of what came out and where it is, and text that the model writes."""
 
-    def __init__(self) -> None:
+    def __init__(self, monitor: Monitor) -> None:
+        self.monitor = monitor
         self.begun = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
@@ -43,6 +45,8 @@ class Summary(L.Callback):
         parameters = count_parameters(pl_module.transformer, pl_module.moe)
         result = {
             "step": trainer.global_step,
+            "tokens": self.monitor.tokens,
+            "data": trainer.datamodule.files.label,  # type: ignore[attr-defined]
             "seconds": round(seconds, 1),
             "device": device_name(pl_module.device),
             "precision": str(trainer.precision),

@@ -112,7 +112,11 @@ def test_checkpoint_content(home: Path, edits: list[TreeEdit], part: str) -> Non
     use("any.ckpt")
 
 
-@cases(30, edit=tree_edit(JUNK | TENSORS), verb=st.sampled_from(["generate", "export out", "fit"]))
+@cases(
+    30,
+    edit=tree_edit(JUNK | TENSORS),
+    verb=st.sampled_from(["generate", "export out", "export out --format=hf", "fit"]),
+)
 def test_checkpoint_on_the_command_line(home: Path, text_file: Path, edit: TreeEdit, verb: str) -> None:
     checkpoint = read_checkpoint("whole.ckpt")
     torch.save(edit({key: checkpoint[key] for key in ("moepp", "state_dict")}), "any.ckpt")
@@ -186,6 +190,17 @@ def test_foreign_files(home: Path, content: bytes) -> None:
     refused(lambda: load_released("released"))
     Path("released/pytorch_model.bin").unlink()
     assert not Path("harm").exists()
+
+
+@cases(60, edit=tree_edit(), file=st.sampled_from(["config.json", "config.json", "tokenizer.json"]))
+def test_exported_folders(home: Path, edit: TreeEdit, file: str) -> None:
+    if not Path("exported").exists():
+        assert main(["export", "exported", "--ckpt=whole.ckpt", "--format=hf"]) == 0
+    whole = Path("exported", file).read_text()
+    Path("exported", file).write_text(json.dumps(edit(json.loads(whole))))
+    works_or_one_line("import", "exported", "any.ckpt")
+    Path("exported", file).write_text(whole)
+    Path("any.ckpt").unlink(missing_ok=True)
 
 
 # ---- released folders --------------------------------------------------------------------------------------

@@ -1,0 +1,116 @@
+"""What a MoE++ model is, for transformers 5.4 or later.
+
+Copied into exported folders: it imports transformers alone. From moepp, Apache-2.0.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+class MoeppConfig(PreTrainedConfig):
+    """A decoder-only transformer with an MoE++ layer in every block (arXiv 2410.07348).
+
+    Experts are ordered FFN, constant, copy, zero. Vanilla MoE has none but FFN experts and no gating residual; a
+    dense model is one FFN expert.
+
+    Args:
+        head_dim: width of a head; None means `hidden_size` / `num_attention_heads`.
+        qk_norm: RMSNorm of queries and keys before RoPE: "none", of each "head", or over the "width" of all heads.
+        num_experts: FFN (SwiGLU) experts.
+        n_zero: zero experts, output 0.
+        n_copy: copy experts, output x.
+        n_const: constant experts, output a1·x + a2·v.
+        num_experts_per_tok: experts chosen per token, K.
+        tau: τ > 0 of the balance loss. The smaller, the more tokens go to zero-computation experts.
+        router_aux_loss_coef: β, the weight of the balance loss, which is added while the model trains.
+        capacity_factor: that of the training which the weights come from. Nothing is dropped here.
+        gating_residual: add the previous layer's logits, mapped by an E×E matrix, to this layer's.
+        router_depth: 1 for a linear router, 2 for linear, tanh, linear with a hidden width of 8·E.
+        scale_expert_input: experts (not the router) receive x times this.
+        logits_norm_std: scale logits to this standard deviation before the softmax.
+        renormalize_without_zero: zero experts' gates are left out of the sum that gates are divided by.
+        norm_topk_prob: False: gates are the chosen experts' probabilities among all E.
+        balance_groups: balance FFN experts as one group against zero-computation experts as another.
+        score_bias: the scores of zero-computation experts have a bias.
+    """
+
+    model_type = "moepp"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    attribute_map = {"num_local_experts": "num_experts"}  # noqa: RUF012
+
+    def __init__(
+        self,
+        vocab_size: int = 8192,
+        num_hidden_layers: int = 4,
+        hidden_size: int = 256,
+        intermediate_size: int = 688,
+        num_attention_heads: int = 4,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        qk_norm: str = "none",
+        max_position_embeddings: int = 256,
+        rope_parameters: dict[str, Any] | None = None,
+        rms_norm_eps: float = 1e-5,
+        tie_word_embeddings: bool = True,
+        initializer_range: float = 0.02,
+        hidden_act: str = "silu",
+        num_experts: int = 8,
+        n_zero: int = 1,
+        n_copy: int = 1,
+        n_const: int = 2,
+        num_experts_per_tok: int = 2,
+        tau: float = 0.75,
+        router_aux_loss_coef: float = 0.01,
+        capacity_factor: float | None = None,
+        gating_residual: bool = True,
+        router_depth: int = 1,
+        scale_expert_input: float = 1.0,
+        logits_norm_std: float | None = None,
+        renormalize_without_zero: bool = True,
+        norm_topk_prob: bool = True,
+        balance_groups: bool = False,
+        score_bias: bool = False,
+        use_cache: bool = True,
+        output_router_logits: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.num_hidden_layers = num_hidden_layers
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.qk_norm = qk_norm
+        self.max_position_embeddings = max_position_embeddings
+        self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
+        self.rms_norm_eps = rms_norm_eps
+        self.initializer_range = initializer_range
+        self.hidden_act = hidden_act
+        self.num_experts = num_experts
+        self.n_zero = n_zero
+        self.n_copy = n_copy
+        self.n_const = n_const
+        self.num_experts_per_tok = num_experts_per_tok
+        self.tau = tau
+        self.router_aux_loss_coef = router_aux_loss_coef
+        self.capacity_factor = capacity_factor
+        self.gating_residual = gating_residual
+        self.router_depth = router_depth
+        self.scale_expert_input = scale_expert_input
+        self.logits_norm_std = logits_norm_std
+        self.renormalize_without_zero = renormalize_without_zero
+        self.norm_topk_prob = norm_topk_prob
+        self.balance_groups = balance_groups
+        self.score_bias = score_bias
+        self.use_cache = use_cache
+        self.output_router_logits = output_router_logits
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        if self.rope_parameters["rope_type"] != "default" or hidden_act != "silu":
+            raise ValueError("MoE++ has RoPE without scaling and silu, nothing else is built")
+
+    @property
+    def n_routed(self) -> int:
+        """E, all experts that the router knows."""
+        return self.num_experts + self.n_const + self.n_copy + self.n_zero

@@ -1,0 +1,136 @@
+"""A folder that transformers opens, with our model's code beside the weights (moepp/hf), read and written.
+
+It holds every model that our configurations describe. Tensors have the names that Llama and Mixtral have there.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .config import MoEConfig, TransformerConfig
+from .conversion import routers
+from .errors import InputError
+from .transformer import Transformer
+from .weights import Parts, Shards, dense_names, fill, read_json, save_shards
+
+MODEL_TYPE = "moepp"
+CODE = ("configuration_moepp.py", "modeling_moepp.py")  # in moepp/hf
+TRANSFORMER = {  # our fields, and their keys in config.json where these differ
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_size": "head_dim",
+    "context_length": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "init_std": "initializer_range",
+}
+MOE = {
+    "n_ffn": "num_experts",
+    "top_k": "num_experts_per_tok",
+    "balance_weight": "router_aux_loss_coef",
+    "renormalize": "norm_topk_prob",
+}
+
+
+def load_hub(folder: str | Path) -> Transformer:
+    """Read a folder of `export_hub`, or what transformers made of one: `config.json` and `.safetensors`.
+
+    Raises:
+        InputError: a file is missing, is not of this format, or its tensors do not fit its config.
+    """
+    folder = Path(folder)
+    transformer, moe = read_config(folder)
+    model = Transformer(transformer, moe)
+    tensors = Shards(folder)
+    fill(model, tensors, tensor_names(transformer, moe))
+    for i, router in enumerate(routers(model)):
+        if router.bias is not None:
+            bias = tensors[bias_name(i)]
+            if bias.numel() != 1 or not bias.isfinite():
+                raise InputError(f"{folder}: {bias_name(i)} is not one finite number")
+            router.bias.fill_(bias.item())
+    return model.eval()
+
+
+def export_hub(model: Transformer, folder: str | Path, **more: Any) -> None:
+    """Write `config.json`, with the keys of `more` as well, and `.safetensors`; `CODE` goes there too."""
+    folder, config = Path(folder), model.config
+    kv_width = config.kv_heads * config.head_dim
+    tensors: dict[str, Tensor] = {}
+    for name, [parts] in tensor_names(config, model.moe_config):
+        value = model.get_parameter(name).detach()
+        values = (
+            [value] if len(parts) == 1 else value.split([config.n_heads * config.head_dim, kv_width, kv_width])
+        )
+        tensors |= dict(zip(parts, values, strict=True))
+    for i, router in enumerate(routers(model)):
+        if router.bias is not None:
+            tensors[bias_name(i)] = router.bias
+    folder.mkdir(parents=True, exist_ok=True)
+    save_shards(tensors, folder)
+    content = write_config(config, model.moe_config) | more
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def bias_name(i: int) -> str:
+    return f"model.layers.{i}.mlp.gate.bias"
+
+
+def tensor_names(transformer: TransformerConfig, moe: MoEConfig) -> Iterator[tuple[str, Parts]]:
+    """(our parameter, the tensors it is made of) for every parameter that holds anything."""
+    yield from dense_names(transformer)
+    for i in range(transformer.n_layers):
+        ours, theirs = f"blocks.{i}.moe", f"model.layers.{i}.mlp"
+        for j, name in enumerate(["hidden", "weight"][-moe.router_depth :]):
+            yield f"{ours}.router.weights.{j}", [[f"{theirs}.gate.{name}"]]
+        if moe.gating_residual and i > 0:
+            yield f"{ours}.router.residual", [[f"{theirs}.gate.residual"]]
+        yield f"{ours}.ffn.w_gate_up", [[f"{theirs}.experts.gate_up_proj"]]
+        yield f"{ours}.ffn.w_down", [[f"{theirs}.experts.down_proj"]]
+        if moe.n_const:
+            for name in ("constants", "mix"):
+                yield f"{ours}.zero_computation.{name}", [[f"{theirs}.{name}"]]
+
+
+def write_config(transformer: TransformerConfig, moe: MoEConfig) -> dict[str, Any]:
+    sizes = {TRANSFORMER.get(name, name): value for name, value in asdict(transformer).items()}
+    return {
+        "architectures": ["MoeppForCausalLM"],
+        "model_type": MODEL_TYPE,
+        "auto_map": {
+            "AutoConfig": "configuration_moepp.MoeppConfig",
+            "AutoModel": "modeling_moepp.MoeppModel",
+            "AutoModelForCausalLM": "modeling_moepp.MoeppForCausalLM",
+        },
+        "dtype": "float32",
+        "hidden_act": "silu",
+        "rope_parameters": {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")},
+        **sizes,
+        **{MOE.get(name, name): value for name, value in asdict(moe).items()},
+    }
+
+
+def read_config(folder: Path) -> tuple[TransformerConfig, MoEConfig]:
+    path = folder / "config.json"
+    config = read_json(folder)
+    if config["model_type"] != MODEL_TYPE:
+        raise InputError(f"{path}: model_type is {config['model_type']!r}, not {MODEL_TYPE!r}")
+    try:
+        rope = config["rope_parameters"]
+        if rope["rope_type"] != "default":
+            raise InputError(f"rope_parameters={rope} is not supported")
+        config["rope_theta"] = rope["rope_theta"]
+        sizes, experts = (
+            {field.name: config[names.get(field.name, field.name)] for field in fields(kind)}
+            for kind, names in ((TransformerConfig, TRANSFORMER), (MoEConfig, MOE))
+        )
+        return TransformerConfig(**sizes), MoEConfig(**experts)
+    except KeyError as error:
+        raise InputError(f"{path}: has no key {error}") from error
+    except (InputError, TypeError) as error:
+        raise InputError(f"{path}: {error}") from error
