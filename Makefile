@@ -4,6 +4,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11; do $$p -c '' 2>/dev/null && { 
 RECIPE ?= recipes/moepp.yaml
 DATA   ?=
 CKPT   ?=
+TASKS  ?= paper
 PROMPT ?=
 ARGS   ?=
 
@@ -15,7 +16,7 @@ DATA_ARG := $(if $(DATA),--data.path='$(DATA)')
 BASE_ARG := $(if $(filter-out file,$(origin RECIPE)),--base=$(RECIPE))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data train compare ablate convert figures bench resume generate test soak lint
+.PHONY: help setup data train compare ablate convert figures eval bench resume generate test soak lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,7 +29,7 @@ setup: $(VENV)/.done ## make .venv and install what is needed, once
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,study,hf]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,study,hf,eval]'
 	@touch $@
 
 data: setup ## text → tokenizer → token files (a second call does nothing)
@@ -48,6 +49,9 @@ convert: setup ## a trained vanilla MoE into MoE++, four ways over 3 seeds: what
 
 figures: setup ## what the router does: CKPT=…, or the newest checkpoint, on held-out text
 	$(MOEPP) figures $(if $(CKPT),--ckpt='$(CKPT)') $(DATA_ARG) $(ARGS)
+
+eval: setup ## scores by lm-eval, and the experts that each task takes: TASKS=paper, CKPT=…
+	$(MOEPP) eval --tasks='$(TASKS)' $(if $(CKPT),--ckpt='$(CKPT)') $(ARGS)
 
 # without a network there is nothing to install: then with what the machine's python3 has, and without what it lacks
 bench: ## speed against the limits and peers: a table, a CSV, a plot (ARGS=--quick)

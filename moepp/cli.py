@@ -11,13 +11,14 @@ VERBS = {  # verb: (module, whose `run` takes verb and arguments; what it does)
     "test": ("moepp.training.lightning_cli", "the same as validate"),
     "ablate": ("moepp.study.compare.ablate", "variants × seeds → a report: --matrix recipes/compare.yaml"),
     "figures": ("moepp.study.figures.command", "what the router does, drawn and counted: --ckpt PATH"),
+    "eval": ("moepp.study.eval.command", "tasks of lm-eval, and the experts that they take: --tasks=paper"),
     "prepare": ("moepp.training.commands", "text → tokenizer → token files"),
     "generate": ("moepp.training.commands", "text from a checkpoint"),
     "import": ("moepp.training.commands", "a Hugging Face folder (MoE++, Mixtral, …) → a checkpoint"),
     "convert": ("moepp.training.commands", "a vanilla MoE or dense checkpoint → one with more experts"),
     "export": ("moepp.training.commands", "a checkpoint → a Hugging Face folder: --format=hf is for transformers"),
 }
-STUDY = {"matplotlib", "scipy", "pandas", "jinja2"}  # what the extra `study` brings
+EXTRAS = {"study": {"matplotlib", "scipy", "pandas", "jinja2"}, "eval": {"lm_eval"}}  # and what they bring
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +62,7 @@ def one_line_errors(verb: str, run: Callable[[], None]) -> int:
         package = (error.name or "").split(".")[0]
         if package == "moepp":
             raise
-        extra = "'moepp[study]'" if package in STUDY else package
+        extra = next((f"'moepp[{name}]'" for name, brings in EXTRAS.items() if package in brings), package)
         # without a name it is a library that says itself what it lacks
         return fail(f"{verb}: " + (f"needs {package}: pip install {extra}" if package else str(error)))
     except Exception as error:

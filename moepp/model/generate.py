@@ -1,5 +1,7 @@
 """Text from a model: greedy or sampled, with a key/value cache."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,15 +18,16 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.8,
     top_p: float = 0.95,
-    stop: int | None = None,
+    stop: int | Callable[[Tensor], bool] | None = None,
     use_cache: bool = True,
     seed: int = 0,
 ) -> Tensor:
-    """`prompt_S` (S,) followed by up to `max_new_tokens` more tokens, ending early after the token `stop`.
+    """`prompt_S` (S,) followed by up to `max_new_tokens` more tokens.
 
     Args:
         temperature: divides the logits; 0 takes the most likely token.
         top_p: sample among the fewest tokens whose probabilities reach this sum.
+        stop: the token to end early after, or what says of the new tokens (N,) that they end here.
         use_cache: without it every step computes all positions again; the tokens are the same.
 
     Raises:
@@ -58,7 +61,7 @@ def generate(
             token = sample(logits_V, temperature, top_p, generator).to(tokens.device)
             tokens = torch.cat((tokens, token.view(1, 1)), dim=1)
             unseen = token.view(1, 1) if use_cache else tokens
-            if int(token) == stop:
+            if stop(tokens[0, len(prompt_S) :]) if callable(stop) else int(token) == stop:
                 break
     finally:
         model.train(training)

@@ -189,6 +189,12 @@ def load(path: str | Path) -> Loaded:
 # ---- the checkpoints of a run ------------------------------------------------------------------------------
 
 
+def results_folder(checkpoint: Path, name: str) -> Path:
+    """Where what was found out about a checkpoint goes: into its run."""
+    run_dir = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    return run_dir / name
+
+
 def step_path(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}.ckpt"
 

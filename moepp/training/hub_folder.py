@@ -18,7 +18,6 @@ from moepp.training.model_card import model_card
 
 ORIGIN = "moepp"  # in config.json: what else a checkpoint knows
 TEXTS = ("data", "data_hash")
-LONGEST_TEXT = 200  # tokens, where nobody says how many; as `moepp generate`
 
 
 def export_hub_folder(loaded: Loaded, folder: Path, result: dict[str, Any] | None) -> None:
@@ -35,7 +34,7 @@ def export_hub_folder(loaded: Loaded, folder: Path, result: dict[str, Any] | Non
     for name in CODE:  # by path: that room needs transformers
         shutil.copyfile(Path(moepp.model.__file__).parents[1] / "hf" / name, folder / name)
     sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}  # as `moepp generate`
-    length = {"max_new_tokens": max(1, min(LONGEST_TEXT, model.config.context_length // 2))}
+    length = {"max_length": model.config.context_length}  # max_new_tokens would overrule a caller's max_length
     write(folder / "generation_config.json", dumped(special_tokens(loaded) | sampling | length) + "\n")
     if loaded.tokenizer is not None:
         write(folder / "tokenizer.json", tokenizer_json(loaded))

@@ -1,5 +1,6 @@
 """`moepp figures`: a checkpoint and held-out text → what the router does with it, in pictures and numbers."""
 
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ import pandas as pd
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
+from tokenizers import Tokenizer
 
 from moepp.model import InputError, Transformer
 from moepp.study.figures.findings import Bootstrap, Finding, findings
@@ -15,9 +17,11 @@ from moepp.study.figures.page import page, write_csv, write_pictures
 from moepp.study.figures.parts_of_speech import PartsOfSpeech, fetch_lexicon, token_texts
 from moepp.study.figures.read_text import read_text
 from moepp.study.figures.routing_stats import RoutingCounts
-from moepp.text.held_out import TextOptions, open_held_out
+from moepp.text.held_out import HeldOut, TextOptions, held_out_text, open_held_out
 from moepp.training.arguments import OneLineParser
-from moepp.training.checkpoint import load, newest_checkpoint
+from moepp.training.checkpoint import Loaded, load, newest_checkpoint, results_folder
+
+TASK_NAME = re.compile(r"[\w-]+")
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,15 @@ class Options:
     Args:
         ckpt: the checkpoint; by default the newest under runs/.
         versus: another one, to compare routing scores with: the same model without gating residuals.
-        data: the text.
+        data: the text; its path may also name a task of lm-eval.
+        include_path: a folder of more tasks.
         out: folder of the figures; by default `figures` in the checkpoint's run.
     """
 
     ckpt: str | None = None
     versus: str | None = None
     data: TextOptions = TextOptions()
+    include_path: str | None = None
     out: str | None = None
 
 
@@ -58,7 +64,7 @@ def run(verb: str, arguments: list[str]) -> None:
         models[options.versus] = other.model
         about["versus"] = f"{options.versus}: {experts(other.model)}"
     seq_len = min(each.config.context_length for each in models.values())
-    text = open_held_out(options.data, loaded.meta, loaded.tokenizer, seq_len)
+    text = open_text(options, loaded, loaded.tokenizer, seq_len)
     texts_V = token_texts(loaded.tokenizer, model.config.vocab_size)
     parts_of_speech, untagged = None, {}
     try:
@@ -69,8 +75,7 @@ def run(verb: str, arguments: list[str]) -> None:
     counts = RoutingCounts(model.moe_config, model.config.n_layers, texts_V)
     read_text(text, seq_len, counts, models, parts_of_speech)
     bootstrap = Bootstrap(counts)
-    run_folder = ckpt.parent.parent if ckpt.parent.name == "checkpoints" else ckpt.parent
-    folder = Path(options.out) if options.out else run_folder / "figures"
+    folder = Path(options.out) if options.out else results_folder(ckpt, "figures")
     folder.mkdir(parents=True, exist_ok=True)
     drawn, missing = write_pictures(bootstrap, folder)
     missing |= untagged
@@ -79,12 +84,43 @@ def run(verb: str, arguments: list[str]) -> None:
     n_tokens, n_domains = counts.token_n.sum(), len(counts.domains)
     about["text"] = f"{text.name}: {n_tokens:,} tokens of {n_domains} domain{'s' * (n_domains > 1)}"
     about["command"] = shlex.join(["moepp", verb, *arguments])
-    html = page(about=about, findings=found, pictures=drawn, missing=missing, bootstrap=bootstrap)
+    html = page(
+        title="Inside the router",
+        tasks=[],
+        about=about,
+        findings=found,
+        pictures=drawn,
+        missing=missing,
+        bootstrap=bootstrap,
+    )
     (folder / "index.html").write_text(html, encoding="utf-8")
-    summary(found, missing, folder)
+    summary(found, missing)
+    print(folder / "index.html")
 
 
-def summary(found: list[Finding], missing: dict[str, str], folder: Path) -> None:
+def open_text(options: Options, loaded: Loaded, tokenizer: Tokenizer, seq_len: int) -> HeldOut:
+    """The text that is asked for; where no file has its name, that of the task of this name.
+
+    Raises:
+        InputError: there is neither.
+    """
+    path = options.data.path
+    if not path or path.startswith("hf:") or Path(path).exists() or not TASK_NAME.fullmatch(path):
+        return open_held_out(options.data, loaded.meta, tokenizer, seq_len)
+    try:
+        from moepp.study.tasks.open import task_text
+
+        source = task_text(path, options.include_path)
+    except ModuleNotFoundError as error:
+        message = f"{path} does not exist; where it is a task of lm-eval: pip install 'moepp[eval]'"
+        raise InputError(message) from error
+    except InputError as error:
+        raise InputError(f"{path} does not exist, and as a task: {error}") from error
+    return held_out_text(source, path, tokenizer, loaded.end_of_text, seq_len)
+
+
+def summary(found: list[Finding], missing: dict[str, str]) -> None:
+    """Findings in the terminal, and what was not drawn."""
     table = Table("", "finding", "measured [95 %]", "holds here", box=None, pad_edge=False)
     for finding in found:
         table.add_row(str(finding.number), finding.claim, str(finding.estimate).replace("[", r"\["), finding.holds)
@@ -92,7 +128,6 @@ def summary(found: list[Finding], missing: dict[str, str], folder: Path) -> None
     console.print(table)
     for what, why in missing.items():
         console.print(f"not drawn: {what}: {why}", markup=False)
-    print(folder / "index.html")
 
 
 def experts(model: Transformer) -> str:

@@ -1,6 +1,7 @@
 """What is written: PNGs, CSVs, and index.html: one file with everything in it, which needs nothing else."""
 
 from base64 import b64encode
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from moepp.study.figures.findings import FEWEST_PASSAGES, RESAMPLES, Bootstrap
 from moepp.study.figures.picture import Picture, lacking
 from moepp.study.style import STYLE, save
 
+PICTURES = [*paper_figures.PICTURES, *finding_figures.PICTURES]
 
-def write_pictures(bootstrap: Bootstrap, folder: Path) -> tuple[list[tuple[Picture, str, Path]], dict[str, str]]:
+
+def write_pictures(
+    bootstrap: Bootstrap, folder: Path, pictures: Sequence[Picture] = PICTURES
+) -> tuple[list[tuple[Picture, str, Path]], dict[str, str]]:
     """A PNG and a CSV of each picture.
 
     Returns:
@@ -22,7 +27,7 @@ def write_pictures(bootstrap: Bootstrap, folder: Path) -> tuple[list[tuple[Pictu
     """
     drawn, missing, lacks = [], {}, lacking(bootstrap)
     with plt.rc_context(STYLE):
-        for picture in [*paper_figures.PICTURES, *finding_figures.PICTURES]:
+        for picture in pictures:
             if reasons := [lacks[need] for need in picture.needs if need in lacks]:
                 missing[picture.draw.__name__] = reasons[0]
                 continue

@@ -34,6 +34,9 @@ class Passages:
         self.seen: dict[str, int] = {}  # windows of each domain
         self.sums: dict[str, list[np.ndarray]] = {}  # of each domain's passages
 
+    def __str__(self) -> str:
+        return f"passages of {self.windows} sequence{'s' * (self.windows > 1)}"
+
     def add(self, domain: str, sums_X: np.ndarray) -> None:
         """Count the domain's next window."""
         seen, passages = self.seen.get(domain, 0), self.sums.setdefault(domain, [])
@@ -47,11 +50,36 @@ class Passages:
                 self.sums[name] = [np.sum(passages[i : i + 2], axis=0) for i in range(0, len(passages), 2)]
 
 
+class DocumentPassages(Passages):
+    """The same of documents whose number is known, and which come in any order and in any number of windows.
+
+    A passage is a document, or as many neighbours as keep every domain at MOST_PASSAGES or fewer.
+
+    Args:
+        documents: how many each domain has. A window's domain is (domain, number of the document).
+    """
+
+    def __init__(self, documents: dict[str, int]) -> None:
+        super().__init__()
+        self.documents = documents
+
+    def __str__(self) -> str:
+        return f"documents ({MOST_PASSAGES} groups of neighbours where there are more)"
+
+    def add(self, domain: tuple[str, int], sums_X: np.ndarray) -> None:  # type: ignore[override]
+        if not self.sums:
+            sizes = {name: min(n, MOST_PASSAGES) for name, n in self.documents.items()}
+            self.sums = {name: [np.zeros_like(sums_X) for _ in range(size)] for name, size in sizes.items()}
+        name, document = domain
+        self.sums[name][document * len(self.sums[name]) // self.documents[name]] += sums_X
+
+
 class RoutingCounts:
     """All that is counted of a model on one text.
 
     Args:
         texts_V: the text of each token.
+        passages: what keeps the sums over passages.
 
     Attributes:
         kinds: where the experts of each kind stand, of the kinds that the model has, FFN experts first.
@@ -64,10 +92,12 @@ class RoutingCounts:
             (figure 6) are in each of X bins of equal width from 0 to 1. R is 2, or 1 with one expert.
     """
 
-    def __init__(self, moe: MoEConfig, n_layers: int, texts_V: list[str]) -> None:
+    def __init__(
+        self, moe: MoEConfig, n_layers: int, texts_V: list[str], passages: Passages | None = None
+    ) -> None:
         self.moe, self.n_layers, self.texts_V = moe, n_layers, texts_V
         self.kinds = {kind: where for kind, where in moe.kinds.items() if where.stop > where.start}
-        self.passages = Passages()
+        self.passages = passages or Passages()
         self.passage: tuple[np.ndarray, ...] = ()
         self.token_n, self.token_ffn, self.token_ffn_squared = np.zeros((3, len(texts_V)), np.int64)
         self.flow_Lkk = np.zeros((n_layers - 1, len(self.kinds), len(self.kinds)), np.int64)
@@ -88,7 +118,7 @@ class RoutingCounts:
         has_text_V = np.array([bool(text) for text in self.texts_V])
         return np.flatnonzero(has_text_V & (self.token_n >= MIN_COUNT))
 
-    def add(self, domain: str, tokens_S: np.ndarray, classes_S: np.ndarray, experts_SLK: np.ndarray) -> None:
+    def add(self, domain: Any, tokens_S: np.ndarray, classes_S: np.ndarray, experts_SLK: np.ndarray) -> None:
         """Count the domain's next window. A class below 0 is none."""
         chosen_SLE = (experts_SLK[..., None] == np.arange(self.moe.n_experts)).sum(-2)
         kinds_SLk = by_kind(self.kinds, chosen_SLE)
@@ -160,6 +190,10 @@ class Sums:
     def ffn_by_class(self) -> np.ndarray:
         """(C,) FFN experts per token, mean over layers and all domains; NaN for a class that does not occur."""
         return self.class_ffn_DC.sum(-2) / (self.class_n_DC.sum(-2) * self.chosen_DLE.shape[-2])
+
+    def kind_shares(self) -> np.ndarray:
+        """(D, L, k) share of choices that go to experts of the kind."""
+        return by_kind(self.kinds, self.chosen_DLE / self.chosen_DLE.sum(-1, keepdims=True))
 
     def activations(self) -> np.ndarray:
         """(D, k) share of tokens that choose an expert of the kind, mean over its experts and layers."""

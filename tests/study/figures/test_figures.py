@@ -4,6 +4,7 @@ import csv
 import re
 import shutil
 import subprocess
+import sys
 from hashlib import sha256
 from pathlib import Path
 from zipfile import ZipFile
@@ -166,7 +167,7 @@ def test_without_a_network_only_the_parts_of_speech_are_left_out(
     assert "not drawn: parts_of_speech: cannot download no-such==1" in " ".join(capsys.readouterr().out.split())
 
 
-def test_bad_input(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(there: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"state_dict": {}}, "foreign.ckpt")
     Path("short.txt").write_text("Too little.")
     other = torch.load(VANILLA, weights_only=True)
@@ -178,7 +179,7 @@ def test_bad_input(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([CKPT, "--versus=nowhere.ckpt"], "nowhere.ckpt does not exist"),
         ([CKPT, "--versus=other.ckpt"], "other.ckpt has another tokenizer"),
         ([CKPT, "--data.path=short.txt"], "short.txt has 11 tokens, fewer than one sequence of 32"),
-        ([CKPT, "--data.path=nowhere"], "nowhere does not exist"),
+        ([CKPT, "--data.path=no/where"], "no/where does not exist"),
         (
             [CKPT, "--data.out_root=nowhere"],
             "data.path: the text that the checkpoint was trained on is not in nowhere",
@@ -186,6 +187,10 @@ def test_bad_input(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([CKPT, "--verses=3"], "did you mean versus?"),
     ):
         assert message in refused(capsys, "figures", *options)
+    for module in ("lm_eval", "moepp.study.tasks.open"):
+        monkeypatch.setitem(sys.modules, module, None)  # pretend that it is not installed
+    line = refused(capsys, "figures", CKPT, "--data.path=nowhere")
+    assert "nowhere does not exist; where it is a task of lm-eval: pip install 'moepp[eval]'" in line
 
 
 # ---- the page ----------------------------------------------------------------------------------------------
