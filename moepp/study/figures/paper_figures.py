@@ -85,7 +85,7 @@ def tokens(measured: Bootstrap) -> Drawn:
         f"{np.quantile(ffn.value, 0.25):.2f} and {np.quantile(ffn.value, 0.75):.2f}. · is a space, ↵ a line end."
     )
 
-    size = (10.5, 1.0 + 0.24 * min(NAMED, len(ids)))
+    size = (10.5, 1.0 + 0.24 * max(10, min(NAMED, len(ids))))
     figure, (every, most, least) = plt.subplots(1, 3, figsize=size, width_ratios=(1.3, 1, 1))
     every.fill_between(rank, ffn.low, ffn.high, color=FFN_COLOUR, alpha=0.3, linewidth=0)
     every.plot(rank, ffn.value, color=FFN_COLOUR, linewidth=2)
