@@ -124,7 +124,9 @@ def run(verb: str, arguments: list[str]) -> None:
         bootstrap=measured,
     )
     (folder / "index.html").write_text(html, encoding="utf-8")
-    table = Table(*rows[0], box=None, pad_edge=False, title="scores; experts per token, by kind; requests cut")
+    table = Table(box=None, pad_edge=False, title="scores; experts per token, by kind; requests cut")
+    for name in rows[0]:
+        table.add_column(name, overflow="fold")  # an ellipsis would hide which task it is
     for each in rows:
         table.add_row(*map(escape, each.values()))
     Console().print(table)
@@ -192,7 +194,7 @@ def row(task: str, results: dict[str, Any]) -> dict[str, str]:
     return {
         "task": task,
         "shots": str(results["n-shot"][task]),
-        "documents": str(results["n-samples"][task]["effective"]),
+        "docs": str(results["n-samples"][task]["effective"]),
         "score": "\n".join(scores),
         **{KIND_NAMES[kind]: f"{value:.2f}" for kind, value in taken["per_token"].items()},
         "cut": f"{taken['requests_cut_to_the_context']}/{taken['requests']}",

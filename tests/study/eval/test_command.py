@@ -59,12 +59,14 @@ def test_four_tasks(there: Path, checkpoint: Path, tasks: Path, capsys: pytest.C
     }
 
 
-def test_the_papers_nine(there: Path, few: None, checkpoint: Path) -> None:
+def test_the_papers_nine(there: Path, few: None, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_documents(there)
     for name in SHOTS:
         write_task(there, name, **TASKS["written" if name == "nq_open" else "choice"])
     options = [f"--ckpt={checkpoint}", "--include_path=.", "--limit=9", "--out=nine"]
     assert main(["eval", "--tasks=paper,sciq", *options]) == 0
+    printed = capsys.readouterr().out.split()
+    assert SHOTS.keys() <= set(printed)  # whole, in a terminal of 80 columns
     table = pd.read_csv("nine/tasks.csv").set_index("task")
     assert table["shots"].to_dict() == SHOTS
     assert set(table["documents"]) == {9}
