@@ -21,14 +21,14 @@ HERE = Path(__file__).parent
 
 
 def open_tasks(names: list[str], include_path: str | None = None) -> dict[str, Any]:
-    """Tasks, and groups of tasks, by their names, with their data.
+    """Groups of tasks, and tasks that are in none of these, by their names, with their data.
 
     Args:
         names: of lm-eval's tasks, groups or tags, of ours (`paper`), or of those in `include_path`.
         include_path: a folder of more task files.
 
     Raises:
-        InputError: there is none of a name, or its data cannot be had.
+        InputError: there is none of a name, its data cannot be had, or two groups have the same task.
     """
     if include_path is not None and not Path(include_path).is_dir():
         raise InputError(f"include_path: {include_path} is no folder")
@@ -38,11 +38,11 @@ def open_tasks(names: list[str], include_path: str | None = None) -> dict[str, A
     manager = TaskManager(include_path=own, include_defaults=False)
     if not set(names) <= set(manager.all_subtasks):  # to look through all of lm-eval's takes ten seconds
         manager = TaskManager(include_path=[HERE, *own])
-    opened: dict[str, Any] = {}
-    members: set[str] = set()
+    groups: dict[str, Any] = {}
+    tasks: dict[str, Any] = {}
     datasets.disable_progress_bars()  # of local files; downloads show theirs
     go_offline_without_a_network()
-    for name in names:
+    for name in dict.fromkeys(names):
         if name not in manager.all_tasks and not Path(name).is_file():
             raise InputError(f"tasks: {name!r} is no task of lm-eval{did_you_mean(name, manager.all_tasks)}")
         try:
@@ -50,11 +50,13 @@ def open_tasks(names: list[str], include_path: str | None = None) -> dict[str, A
         except Exception as error:  # of a task file that says nonsense, or whose data says it, anything
             raise InputError(f"tasks: {name}: {reason(error)}") from error
         if name in found["groups"]:
-            opened[name] = found["groups"][name]
+            if twice := members(groups).keys() & found["tasks"].keys():
+                raise InputError(f"tasks: {name} has {min(twice)}, as another group has; give it a run of its own")
+            groups[name] = found["groups"][name]
         else:
-            opened |= {task: found["tasks"][task] for task in found["tasks"] if task not in members}
-        members |= found["tasks"].keys()
-    return opened
+            tasks |= found["tasks"]
+    within = members(groups)  # lm-eval takes none twice
+    return groups | {name: task for name, task in tasks.items() if name not in within}
 
 
 def members(opened: dict[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def test_the_papers_nine(there: Path, few: None, checkpoint: Path, capsys: pytes
     for name in SHOTS:
         write_task(there, name, **TASKS["written" if name == "nq_open" else "choice"])
     options = [f"--ckpt={checkpoint}", "--include_path=.", "--limit=9", "--out=nine"]
-    assert main(["eval", "--tasks=paper,sciq", *options]) == 0
+    assert main(["eval", "--tasks=sciq,paper,boolq", *options]) == 0  # each once
     printed = capsys.readouterr().out.split()
     assert SHOTS.keys() <= set(printed)  # whole, in a terminal of 80 columns
     table = pd.read_csv("nine/tasks.csv").set_index("task")
@@ -139,6 +139,9 @@ def test_bad_input(
     write_task(bad, "kind", **choice | {"output_type": "oracle", "dataset_kwargs": data})
     write_task(bad, "split", **choice | {"test_split": "dev", "dataset_kwargs": data})
     write_task(bad, "metric", **choice | {"metric_list": [{"metric": "charm"}], "dataset_kwargs": data})
+    for name in ("one", "other"):
+        (bad / f"{name}.yaml").write_text(json.dumps({"group": name, "task": ["sound"]}))
+    write_task(bad, "sound", **choice | {"dataset_kwargs": data})
     (bad / "broken.yaml").write_text("task: broken\nmetric_list: [")
     own = [f"--ckpt={checkpoint}", f"--include_path={tasks}"]
     ill = [f"--ckpt={checkpoint}", "--include_path=bad"]
@@ -160,6 +163,7 @@ def test_bad_input(
         ([*ill, "--tasks=template"], "tasks: template: UndefinedError: 'nothing' is undefined"),
         ([*ill, "--tasks=kind"], "tasks: kind: "),
         ([*ill, "--tasks=split"], "tasks: split: "),
+        ([*ill, "--tasks=one,other"], "tasks: other has sound, as another group has"),
         ([*ill, "--tasks=metric"], "tasks: metric: "),
         ([*ill, "--tasks=broken"], "tasks: 'broken' is no task of lm-eval"),
     ):
