@@ -12,7 +12,12 @@ from moepp.training.arguments import with_bases
 from moepp.training.checkpoint import read_checkpoint, step_path
 from tests.conftest import RECIPES, tiny
 
-MATRICES = {"compare.yaml", "ablate.yaml", "convert.yaml"}  # of recipes; tests/study has their tests
+MATRICES = {
+    "compare.yaml",
+    "ablate.yaml",
+    "convert.yaml",
+    "precision.yaml",
+}  # of recipes; tests/study has their tests
 NAMES = sorted({str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml")} - MATRICES)
 
 

@@ -6,9 +6,9 @@ B sequences, S positions, D hidden size, N query heads, M key/value heads, d hea
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import attend
 from .config import MoEConfig, TransformerConfig, require
 from .counts import require_memory
 from .errors import InputError
@@ -64,7 +64,7 @@ class Attention(nn.Module):
             require(len(cache) == 0 or S == 1, "cache", S, "takes one position at a time after the first call")
             causal = len(cache) == 0
             k, v = cache.append(k, v)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+        y = attend(q, k, v, causal)
         return self.output(y.transpose(1, 2).reshape(B, S, -1))
 
 

@@ -46,8 +46,12 @@ def commit() -> str:
 
 
 def default_precision(device: torch.device) -> str:
-    """Lightning's name of the precision to train in where nobody says: bf16 on a GPU that has it."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    """Lightning's name of the precision to train in where nobody says: bf16 where the device has products in it."""
+    if device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        can = torch.cpu.get_capabilities()
+        bf16 = can.get("avx512_bf16", False) or can.get("amx_bf16", False)
     return "bf16-mixed" if bf16 else "32-true"
 
 

@@ -106,6 +106,7 @@ class MoECLI(LightningCLI):
     recipe = "default"  # names the folder of a run
     resumed: str | None = None  # --ckpt_path, before anything is parsed
     checkpoints: Checkpoints | None = None  # None: the run writes none
+    why_precision = ""  # where nobody said which
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -157,6 +158,8 @@ class MoECLI(LightningCLI):
         if config["precision"] is None:
             on_gpu = torch.cuda.is_available() and config["accelerator"] != "cpu"
             config["precision"] = default_precision(torch.device("cuda" if on_gpu else "cpu"))
+            if config["precision"] == "bf16-mixed":
+                self.why_precision = " (it multiplies bf16 faster; --trainer.precision=32-true for float32)"
         if config["accelerator"] == "auto" and not torch.cuda.is_available():
             config["accelerator"] = "cpu"  # Apple's MPS has no float64, which bits per byte is summed in
         self.require_possible(config)
@@ -287,7 +290,7 @@ class MoECLI(LightningCLI):
         active = parameters.active(model.moe.expected_ffn_per_token)
         sizes = f"{parameters.total / 1e6:.1f}M parameters, about {active / 1e6:.1f}M active per token"
         machine = f"{self.trainer.precision} on {device_name(self.trainer.strategy.root_device)}"
-        say(self.trainer, f"{self.trainer.default_root_dir}: {sizes}, {machine}")
+        say(self.trainer, f"{self.trainer.default_root_dir}: {sizes}, {machine}{self.why_precision}")
 
 
 class OptionsAlone(MoECLI):

@@ -27,11 +27,12 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from moepp.model import InputError
-from moepp.system.machine import keep_freed_memory, quiet_lightning
+from moepp.system.machine import default_precision, keep_freed_memory, quiet_lightning
 from tests.bench import layers, plots, results, start, steps
 from tests.bench.peers import NotEqual
 from tests.bench.setting import SIZES, Case, Row, Setting
 
+PRECISIONS = ("32-true", "bf16-mixed")
 SECTIONS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "layer": layers.layer,
     "tau": layers.tau,
@@ -50,6 +51,9 @@ class Options(argparse.ArgumentParser):
         super().__init__("make bench", description="Speed against limits and peers: a table, a CSV and a plot.")
         self.add_argument("--size", choices=SIZES, help="of layer and model (default: by device)")
         self.add_argument("--only", metavar="A,B", help=f"sections out of {','.join(SECTIONS)} (default: all)")
+        self.add_argument(
+            "--precision", choices=PRECISIONS, help="of ours and all peers (default: as `moepp fit`)"
+        )
         self.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of bench.csv and bench.png")
         self.add_argument("--quick", action="store_true", help="few rounds: to see that it works")
 
@@ -65,7 +69,8 @@ def run(arguments: list[str]) -> None:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     sizes = SIZES[options.size or ("gpu" if on_gpu else "cpu")]
-    at = Setting(sizes, device, rounds=3 if options.quick else 15, seconds=0.0 if options.quick else 6.0)
+    rounds, seconds = (3, 0.0) if options.quick else (15, 6.0)
+    at = Setting(sizes, device, rounds, seconds, options.precision or default_precision(device))
     keep_freed_memory(device)  # as `moepp fit` does
     # as many sizes of one layer are compiled; beyond the limit one would run uncompiled, without a word
     torch._dynamo.config.recompile_limit = 64

@@ -115,7 +115,8 @@ class RoutedLayer(Timed):
             results.append((y_TD, *torch.autograd.grad(y_TD, inputs, self.gradients[0], allow_unused=True)))
         for name, ours, theirs in zip(("output", "dx", "d(previous logits)"), *results, strict=True):
             if theirs is not None:
-                peers.check(f"layer and released loop, {name}", ours, theirs)
+                # what reaches float32 logits has been through products in the layer's dtype
+                peers.check(f"layer and released loop, {name}", ours.to(self.at.dtype), theirs)
 
 
 def layer(at: Setting) -> Iterator[Row]:

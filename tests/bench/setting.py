@@ -10,6 +10,7 @@ from torch import nn
 
 from moepp.model import MoEConfig, TransformerConfig
 from moepp.study.timing import in_turn, quartiles
+from moepp.system.machine import product_dtype
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 VANILLA = MoEConfig(n_zero=0, n_copy=0, n_const=0, gating_residual=False)
@@ -114,10 +115,11 @@ class Setting:
     device: torch.device
     rounds: int  # at least
     seconds: float  # at least, for one row's functions
+    precision: str = "32-true"  # of training steps; a layer by itself is in the dtype of their products
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        return product_dtype(self.precision)
 
     def time(self, functions: Sequence[Callable[[], object]]) -> list[list[float]]:
         """Seconds of one call of each function, by round."""
@@ -131,8 +133,8 @@ class Setting:
         return [[seconds / calls for seconds in one] for one in rounds]
 
     def autocast(self) -> torch.autocast:
-        """bf16 on a GPU, as `moepp fit` trains there."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.device.type == "cuda")
+        """As `moepp fit` trains in this precision."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.precision == "bf16-mixed")
 
     def compiled(self, module: nn.Module) -> nn.Module:
         """As in the recipes for GPUs; a CPU is not compiled for (recipes/results/LOG.md)."""

@@ -53,7 +53,7 @@ def waiting(at: Setting, data: TokenDataModule) -> Row:
     trainer = L.Trainer(
         accelerator=at.device.type,
         devices=1,
-        precision="bf16-mixed" if on_gpu else "32-true",
+        precision=at.precision,  # type: ignore[arg-type]
         max_steps=warm_up + at.rounds,
         max_epochs=-1,
         limit_val_batches=0,

@@ -186,7 +186,7 @@ def step(at: Setting) -> Iterator[Row]:
         mb = peak_memory(one, at.device) / 1e6
         yield measured(Case("memory", name), "MB", [mb], note="beside weights and AdamW's state")
     for name, moe in ((OURS, MoEConfig(tau=0.75)), (BARE, VANILLA)):
-        config, peak = at.sizes.transformer, peak_flops(at.device, "bf16-mixed")
+        config, peak = at.sizes.transformer, peak_flops(at.device, at.precision)
         ffn_per_token = moe.expected_ffn_per_token  # as it is forced
         flops = 3 * flops_per_token(config, moe, config.context_length, ffn_per_token) * models.tokens_BS.numel()
         peaks = [peak or 2 * MATMUL**3 / s for s in matmul]
@@ -200,7 +200,7 @@ def batched_mm(at: Setting) -> Iterator[Row]:
     pass. It gets a few tokens, as many as let these fit half of the free memory, and we get the same."""
     t = at.sizes.transformer
     weights = t.n_layers * VANILLA.top_k * 3 * t.hidden_size * t.intermediate_size  # of one token
-    n_bytes = weights * (6 if at.device.type == "cuda" else 4)  # under autocast as they are and in bf16
+    n_bytes = weights * (4 if at.dtype == torch.float32 else 6)  # under autocast as they are and in bf16
     most = min(BATCHED, at.sizes.batch_size * t.context_length, free_memory(at.device) // 2 // n_bytes)
     case = Case("step", "Mixtral, batched_mm")
     if most < 8:

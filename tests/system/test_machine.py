@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from moepp.system.machine import peak_flops
+from moepp.system.machine import default_precision, peak_flops
 
 FAULTS = """
 import resource, sys, torch
@@ -61,3 +61,19 @@ def test_peak_of_a_gpu(
 
 def test_a_cpu_has_no_data_sheet() -> None:
     assert peak_flops(torch.device("cpu"), "32-true") is None
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "precision"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, "bf16-mixed"),
+        ({"avx512_bf16": False, "amx_bf16": True}, "bf16-mixed"),
+        ({"avx512_bf16": False, "amx_bf16": False, "avx512_f": True}, "32-true"),
+        ({}, "32-true"),  # not of this kind at all
+    ],
+)
+def test_a_cpu_that_multiplies_bf16_trains_in_it(
+    capabilities: dict[str, bool], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert default_precision(torch.device("cpu")) == precision

@@ -146,8 +146,12 @@ def test_accumulation_and_precision(text_file: Path, workdir: Path) -> None:
     Without L_b, that is: a product of means over a batch is not the mean of the products over its halves.
     """
     runs = {
-        "whole": ["--data.batch_size=8"],
-        "accumulated": ["--data.batch_size=4", "--trainer.accumulate_grad_batches=2"],
+        "whole": ["--data.batch_size=8", "--trainer.precision=32-true"],
+        "accumulated": [
+            "--data.batch_size=4",
+            "--trainer.accumulate_grad_batches=2",
+            "--trainer.precision=32-true",
+        ],
         "half": ["--data.batch_size=8", "--trainer.precision=bf16-mixed"],
     }
     rows = {}
