@@ -12,8 +12,8 @@ LONGEST = 512  # positions: beyond, S² scores cost more memory than the time is
 
 def attend(q_BNSd: Tensor, k_BMSd: Tensor, v_BMSd: Tensor, causal: bool) -> Tensor:
     """(B, N, S, d): softmax(q·k / √d)·v, each of the M key/value heads serving N/M query heads."""
-    S, d = q_BNSd.shape[2:]
-    if causal and q_BNSd.device.type == "cpu" and q_BNSd.dtype == torch.bfloat16 and S <= LONGEST:
+    short = q_BNSd.shape[2] <= LONGEST
+    if causal and short and q_BNSd.device.type == "cpu" and q_BNSd.dtype == torch.bfloat16:
         return attend_by_products(q_BNSd, k_BMSd, v_BMSd)
     grouped = q_BNSd.shape[1] != k_BMSd.shape[1]
     return F.scaled_dot_product_attention(q_BNSd, k_BMSd, v_BMSd, is_causal=causal, enable_gqa=grouped)

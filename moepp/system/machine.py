@@ -46,7 +46,7 @@ def commit() -> str:
 
 
 def default_precision(device: torch.device) -> str:
-    """Lightning's name of the precision to train in where nobody says: bf16 where the device has products in it."""
+    """Lightning's name of the precision to train in where nobody says: bf16 where the device multiplies it."""
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
