@@ -16,7 +16,7 @@ DATA_ARG := $(if $(DATA),--data.path='$(DATA)')
 BASE_ARG := $(if $(filter-out file,$(origin RECIPE)),--base=$(RECIPE))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data train compare ablate convert figures eval bench resume generate test soak lint
+.PHONY: help setup data train compare ablate convert figures eval bench gpu resume generate test soak lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ bench: ## speed against the limits and peers: a table, a CSV, a plot (ARGS=--qui
 	@if $(MAKE) --no-print-directory $(VENV)/.bench; then run=$(VENV)/bin/python; \
 	else run=python3; echo "nothing could be installed: going on with this machine's python3"; fi; \
 	$$run -m tests.bench $(ARGS)
+
+gpu: ## what a GPU has to show, in parts of ten minutes, without a network (ARGS=--toy: rehearsed on any machine)
+	@if [ -x $(VENV)/bin/python ]; then run=$(VENV)/bin/python; else run=python3; fi; $$run -m tests.gpu $(ARGS)
 
 $(VENV)/.bench: $(VENV)/.done
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

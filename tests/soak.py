@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,11 @@ class Trial:
     equal: dict[str, bool]
 
 
-def soak(kills: int, folder: Path, seed: int = 0) -> list[Trial]:
-    """Kill `kills` runs, one moment each."""
+def soak(kills: int, folder: Path, seed: int = 0, more: Sequence[str] = ()) -> list[Trial]:
+    """Kill `kills` runs, one moment each; `more` are further options of `moepp fit`."""
     text = folder / "small.txt"
     text.write_text(small_text())
-    options = [*tiny(text), *OPTIONS, f"--data.out_root={folder / 'prepared'}"]
+    options = [*tiny(text), *OPTIONS, f"--data.out_root={folder / 'prepared'}", *more]
     fit(options, folder / "undisturbed").wait()
     expected = end(folder / "undisturbed")
     rng = random.Random(seed)
@@ -156,12 +157,14 @@ def slow_fit(arguments: list[str]) -> int:
 def main() -> int:
     if sys.argv[1:2] == ["--slow_fit"]:
         return slow_fit(sys.argv[2:])
-    parser = argparse.ArgumentParser(description="kill training runs and see that nothing is lost")
+    parser = argparse.ArgumentParser(
+        description="kill training runs and see that nothing is lost; further options go to moepp fit"
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory(prefix="soak") as folder:
-        trials = soak(options.kills, Path(folder), options.seed)
+        trials = soak(options.kills, Path(folder), options.seed, more)
     table = Table(title="killed with SIGKILL, continued, compared with an undisturbed run")
     for title in ("", "killed", "continued", "weights", "optimizer", "best", "metrics"):
         table.add_column(title, no_wrap=True)

@@ -1,0 +1,157 @@
+"""`make gpu`: what a GPU has to show, in one command that needs no network.
+
+Each part is a process of its own with a log, and ends within ten minutes, the most that some machines are lent
+for at a time. Whatever fails, the rest goes on. What is done is not repeated: called again, it does what is
+missing, and a study goes on where it was. --toy rehearses the same parts in small, on any machine.
+
+The text has to be prepared beforehand, where there is a network: `moepp prepare data/corpus.yaml`.
+"""
+
+import argparse
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from moepp.model import InputError
+from moepp.system.machine import device_name, provenance
+from tests.bench.command import SECTIONS
+from tests.conftest import RECIPES, small_text
+
+LIMIT = 570  # seconds of a part
+GRACE = 25  # to write a checkpoint in, once it is told to stop
+PROFILER = "lightning.pytorch.profilers.PyTorchProfiler"
+LEFT_OUT = (".ckpt", ".bin")  # of what is packed to be published
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command and what it shows."""
+
+    name: str
+    shows: str
+    command: list[str]  # of python -m
+
+
+def parts(out: Path, data: Path, toy: bool) -> list[Part]:
+    """All of them, the quickest to tell something is wrong first."""
+    base = RECIPES / ("quick.yaml" if toy else "gpu.yaml")
+    text = [f"--data.path={data}", *(["--data.vocab_size=320"] if toy else [])]
+    gpu = [] if toy else ["--trainer.accelerator=gpu", "--trainer.deterministic=true"]
+    bench = ["tests.bench", *(["--size=toy", "--quick"] if toy else [])]
+    study = ["ablate", f"--matrix={RECIPES / 'compare.yaml'}", f"--base={base}", f"--out={out / 'compare'}"]
+    study += ["--trainer.max_steps=4", "--seeds=1"] if toy else ["--trainer.max_steps=600"]
+    profile = ["fit", f"--config={base}", f"--trainer.default_root_dir={out / 'profile' / 'run'}"]
+    profile += [f"--trainer.profiler={PROFILER}", f"--trainer.profiler.dirpath={out / 'profile'}"]
+    profile += ["--trainer.profiler.filename=trace", "--trainer.max_steps=12"]
+    return [
+        Part("cuda", "the tests of the CUDA paths", ["pytest", "-m", "cuda", "-rs", "tests"]),
+        Part("resume", "a killed run ends as if nobody had killed it", ["tests.soak", "--kills=4", *gpu]),
+        *(
+            Part(f"bench-{name}", "speed", [*bench, f"--only={name}", f"--out={out / 'bench' / name}"])
+            for name in SECTIONS
+        ),
+        Part("profile", "where a training step's time goes", ["moepp", *profile, *text]),
+        Part("compare", "vanilla MoE against MoE++", ["moepp", *study, *text]),
+    ]
+
+
+def run(part: Part, out: Path) -> str:
+    """done, failed, or unfinished: it was stopped at the limit, and may go on when it is called again."""
+    with (out / f"{part.name}.log").open("a") as log:
+        process = subprocess.Popen([sys.executable, "-m", *part.command], stdout=log, stderr=subprocess.STDOUT)
+        try:
+            return "done" if process.wait(LIMIT) == 0 else f"failed: {log.name}"
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            return "unfinished"
+
+
+def pack(out: Path) -> Path:
+    """All but weights and tokens, in one file beside the folder."""
+    path = out.with_suffix(".tar.gz")
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(out, out.name, filter=lambda info: None if info.name.endswith(LEFT_OUT) else info)
+    return path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("make gpu", description="what a GPU has to show, in parts of ten minutes")
+    parser.add_argument("--data", type=Path, help="folder of prepared text (default: that of data/corpus.yaml)")
+    parser.add_argument("--only", metavar="A,B", help="these parts alone")
+    parser.add_argument("--again", action="store_true", help="also what is done already")
+    parser.add_argument("--toy", action="store_true", help="rehearse it in small, on any machine")
+    parser.add_argument("--out", type=Path, help="default: runs/gpu, or runs/gpu-toy")
+    options = parser.parse_args()
+    out = options.out or Path("runs", "gpu-toy" if options.toy else "gpu")
+    if not options.toy and not torch.cuda.is_available():
+        raise InputError("there is no GPU here; --toy rehearses it without one")
+    if options.again:
+        shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = parts(out, options.data or text_for(out, options.toy), options.toy)
+    names = [part.name for part in chosen]
+    wanted = options.only.split(",") if options.only else names
+    if unknown := set(wanted) - set(names):
+        raise InputError(f"only: no part {min(unknown)!r}: use {', '.join(names)}")
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    table = Table(title=f"{device_name(device)}, torch {torch.__version__}, {provenance()['commit'][:12]}")
+    for title in ("part", "shows", "", "seconds"):
+        table.add_column(title)
+    good = True
+    for part in chosen:
+        done = out / f"{part.name}.done"
+        if part.name not in wanted:
+            continue
+        begun, before = time.perf_counter(), done.is_file()
+        console.print(f"{part.name} …" + (" done before" if before else ""))
+        result = "done" if before else run(part, out)
+        if result == "done":
+            done.touch()
+        good &= result == "done"
+        table.add_row(part.name, part.shows, result, f"{time.perf_counter() - begun:.0f}")
+        with (out / "summary.txt").open("w") as file:  # whatever cuts it off, what was measured is kept
+            Console(file=file, width=140).print(table)
+    console.print(table)
+    print(pack(out))
+    return 0 if good else 1
+
+
+def text_for(out: Path, toy: bool) -> Path:
+    """A few sentences, or the default corpus as it was prepared.
+
+    Raises:
+        InputError: it was not.
+    """
+    if toy:
+        path = out / "small.txt"
+        path.write_text(small_text())
+        return path
+    prepared = sorted(Path("data", "prepared").glob("corpus-v8192-*"))
+    if not prepared:
+        raise InputError(
+            "data: there is no prepared corpus: run `moepp prepare data/corpus.yaml` where there is a network"
+        )
+    return prepared[-1]
+
+
+if __name__ == "__main__":
+    from moepp.cli import one_line_errors
+
+    codes: list[int] = []
+    code = one_line_errors("gpu", lambda: codes.append(main()))
+    sys.exit(code or codes[0])
