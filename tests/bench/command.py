@@ -100,11 +100,11 @@ def run(arguments: list[str]) -> None:
                 broken.append(name)
                 rows.append(Row(Case(name, "the rest"), note=f"broken: {type(error).__name__}: {error}"))
             # after every section: whatever cuts the bench off, what was measured is kept
-            table = [*rows, *results.missing(rows)]
-            results.write(table, device, facts, options.out)
+            table = [*rows, *results.missing(rows, at.kind)]
+            results.write(table, at.kind, facts, options.out)
             progress.update(task, completed=1)
 
-    results.show(table, device, facts, Console(width=None if sys.stdout.isatty() else 240))
+    results.show(table, at.kind, facts, Console(width=None if sys.stdout.isatty() else 240))
     plots.bench(options.out / "bench.png", rows)
     print(options.out / "bench.csv", options.out / "bench.png", file=sys.stderr)
     if broken:

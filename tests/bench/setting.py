@@ -121,6 +121,13 @@ class Setting:
     def dtype(self) -> torch.dtype:
         return product_dtype(self.precision)
 
+    @property
+    def kind(self) -> str:
+        """What aims there are for: gpu, cpu, cpu_bf16."""
+        if self.device.type == "cuda":
+            return "gpu"
+        return "cpu" if self.dtype == torch.float32 else "cpu_bf16"
+
     def time(self, functions: Sequence[Callable[[], object]]) -> list[list[float]]:
         """Seconds of one call of each function, by round."""
         calls = self.sizes.calls

@@ -5,6 +5,7 @@ T tokens in B sequences of S, D hidden size, V vocabulary, L layers, H intermedi
 
 import os
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import accumulate
@@ -83,6 +84,12 @@ class Models:
         self.wide = replace(self.config, intermediate_size=VANILLA.top_k * self.config.intermediate_size)
         self.tokens_BS = torch.randint(self.config.vocab_size, (batch_size, seq_len), device=at.device)
 
+    def of(self, precision: str) -> "Models":
+        """The same in another precision, on the same tokens."""
+        other = copy(self)
+        other.at = replace(self.at, precision=precision)
+        return other
+
     def moepp(self, moe: MoEConfig, compile: bool = False, loop: bool = False) -> ModelStep:
         """Ours as `moepp fit` runs it, or with its experts in the released code's loop."""
         torch.manual_seed(0)
@@ -112,6 +119,7 @@ class Models:
 
 
 OURS, BARE, LOOP = "MoE++, τ = 0.75", "vanilla MoE", "MoE++, released loop"
+FLOAT32 = "MoE++ in float32"
 OWN_LOSS, LLAMA = "Mixtral, grouped_mm, its own loss", "Llama, dense"
 DATA_SHEET = "% of the data sheet's FLOP/s"
 INSTALL = "left out: needs `pip install 'transformers>=5'`"
@@ -130,6 +138,9 @@ def contestants(models: Models, on_gpu: bool) -> dict[str, ModelStep]:
         LOOP: models.moepp(moe, loop=True),
     }
     peers.check(f"logits of {LOOP}", steps[LOOP].logits(), steps[OURS].logits())
+    if models.at.kind == "cpu_bf16":
+        steps[FLOAT32] = models.of("32-true").moepp(moe)
+        peers.check(f"logits of {FLOAT32}", steps[FLOAT32].logits().to(models.at.dtype), steps[OURS].logits())
     if find_spec("transformers") is None:
         return steps
     mixtrals = {
@@ -165,7 +176,7 @@ def step(at: Setting) -> Iterator[Row]:
     typical = {name: median(times) for name, times in seconds.items()}
     mixtrals = [name for name, one in steps.items() if one.family == "mixtral" and not one.own_loss]
     llamas = [name for name, one in steps.items() if one.family == "llama"]
-    rivals = {name: name for name in (BARE, LOOP, OWN_LOSS) if name in steps}
+    rivals = {name: name for name in (BARE, LOOP, FLOAT32, OWN_LOSS) if name in steps}
     if mixtrals:
         rivals |= {
             "Mixtral's best back-end": min(mixtrals, key=typical.__getitem__),

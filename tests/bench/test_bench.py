@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from tests.bench.command import SECTIONS
 from tests.bench.setting import BOTH, RECIPES, SIZES, VANILLA, Case, Row, Setting, measured
 
 CPU = torch.device("cpu")
+PRODUCTS = Case("layer", "τ = 0.75", BOTH, layers.PER_EXPERT)
 
 
 @pytest.fixture
@@ -202,7 +204,7 @@ def test_peers_are_named_where_transformers_is_missing(at: Setting, monkeypatch:
     assert "pip install 'transformers>=5'" in rows["Mixtral and Llama of transformers"].note
     assert rows["MoE++ against vanilla MoE"].value
     assert "MoE++ against Mixtral's best back-end" in {
-        row.case.name for row in results.missing(list(rows.values()))
+        row.case.name for row in results.missing(list(rows.values()), at.kind)
     }
 
 
@@ -232,7 +234,15 @@ def test_a_row_is_the_median_and_quartiles_over_rounds() -> None:
     ],
 )
 def test_verdicts(case: Case, value: float | None, ideal: float | None, expected: str) -> None:
-    assert results.verdict(Row(case, "", value, ideal=ideal), CPU) == expected
+    assert results.verdict(Row(case, "", value, ideal=ideal), "cpu") == expected
+
+
+def test_in_bf16_a_cpu_has_aims_of_its_own(at: Setting) -> None:
+    at = replace(at, precision="bf16-mixed")
+    rows = {row.case.name: row for row in steps.step(at)}
+    assert rows["MoE++ against MoE++ in float32"].value
+    assert results.verdict(Row(PRODUCTS, "", 0.8), at.kind) == "met"
+    assert list(layers.layer(at))
 
 
 def test_memory_counts_what_lives_at_once(at: Setting) -> None:
@@ -255,11 +265,13 @@ def sleepless(functions: list[Callable[[], object]], *_: object) -> list[list[fl
 
 def test_table_and_csv_are_complete_and_add_up(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.bench.setting.in_turn", sleepless)
-    assert main(["--size=toy", "--quick", "--only=layer,tau,zero,tokens,experts,constants", "--out=b"]) == 0
+    sections = "--only=layer,tau,zero,tokens,experts,constants"
+    assert main(["--size=toy", "--quick", "--precision=32-true", sections, "--out=b"]) == 0
     with (workdir / "b/bench.csv").open(newline="") as file:
         rows = {(row["section"], row["name"]): row for row in csv.DictReader(file)}
     assert (workdir / "b/bench.png").is_file()
-    assert {(case.section, case.name) for case in results.TARGETS} <= set(rows)
+    aims = {case for case, target in results.TARGETS.items() if target.cpu is not None}
+    assert {(case.section, case.name) for case in aims} <= set(rows)
     text = (workdir / "b/bench.txt").read_text()
     assert all(name in text for _, name in rows)
     for row in rows.values():
