@@ -36,6 +36,9 @@ class MoEConfig:
         balance_groups: balance FFN experts as one group against zero-computation experts as another, and no
             expert within them (arXiv 2605.18643).
         score_bias: the scores of zero-computation experts have a bias, which a schedule sets (conversion.py).
+        ffn_budget: FFN experts per token and layer that training holds, in the mean, by a bias on the choice
+            (budget.py); null is the paper's method, where τ only suggests how many.
+        budget_over: hold it over the whole model, where layers differ as they like, or in every layer.
     """
 
     n_ffn: int = 8
@@ -54,6 +57,8 @@ class MoEConfig:
     renormalize: bool = True
     balance_groups: bool = False
     score_bias: bool = False
+    ffn_budget: float | None = None
+    budget_over: Literal["model", "layer"] = "model"
 
     def __post_init__(self) -> None:
         require_types(self, "moe")
@@ -69,12 +74,28 @@ class MoEConfig:
             ("balance_weight", self.balance_weight >= 0, "must not be negative"),
             ("capacity_factor", factor is None or factor > 0, "must be positive, or null for no limit"),
             ("router_depth", self.router_depth in (1, 2), "must be 1 or 2"),
+            ("budget_over", self.budget_over in ("model", "layer"), "must be model or layer"),
             ("scale_expert_input", self.scale_expert_input > 0, "must be positive"),
             ("logits_norm_std", std is None or std > 0, "must be positive"),
             ("logits_norm_std", std is None or self.n_experts > 1, "needs two experts or more"),
         ]
+        if self.ffn_budget is not None:
+            require(
+                self.n_zero_computation > 0, "moe.ffn_budget", self.ffn_budget, "needs zero-computation experts"
+            )
+            self.require_budget(self.ffn_budget)
         for name, ok, rule in rules:
             require(ok, f"moe.{name}", getattr(self, name), rule)
+
+    def require_budget(self, ffn_per_token: float, name: str = "moe.ffn_budget") -> None:
+        """Raise an InputError for a budget that no choice of K experts can spend."""
+        fewest, most = self.ffn_range
+        require(fewest < ffn_per_token < most, name, ffn_per_token, f"must be above {fewest} and below {most}")
+
+    @property
+    def ffn_range(self) -> tuple[int, int]:
+        """The fewest and the most FFN experts that a token's K choices can be."""
+        return max(0, self.top_k - self.n_zero_computation), min(self.top_k, self.n_ffn)
 
     @property
     def n_zero_computation(self) -> int:
@@ -104,8 +125,8 @@ class MoEConfig:
 
     @property
     def expected_ffn_per_token(self) -> float:
-        """FFN experts that a token takes at balance, out of its K."""
-        return self.top_k * self.ffn_share
+        """FFN experts that a token takes out of its K: the budget, or without one what τ gives at balance."""
+        return self.top_k * self.ffn_share if self.ffn_budget is None else self.ffn_budget
 
     def capacities(self, n_tokens: int) -> tuple[float, float]:
         """Assignments that one FFN and one zero-computation expert may take out of `n_tokens` · K (equation 8)."""

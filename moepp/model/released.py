@@ -20,7 +20,13 @@ from .weights import Parts, Shards, dense_names, fill, read_json, save_shards
 
 # nothing else fits the format
 HELD: dict[str, Any] = {"n_zero": 1, "n_copy": 1, "n_const": 2, "top_k": 2}
-PLAIN: dict[str, Any] = {"renormalize": True, "score_bias": False, "qk_norm": "none", "head_size": None}
+PLAIN: dict[str, Any] = {
+    "renormalize": True,
+    "score_bias": False,
+    "ffn_budget": None,
+    "qk_norm": "none",
+    "head_size": None,
+}
 TRANSFORMER = {  # our fields, and their keys in config.json
     "vocab_size": "vocab_size",
     "n_layers": "num_hidden_layers",

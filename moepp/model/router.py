@@ -86,6 +86,9 @@ class Router(nn.Module):
         self.residual = nn.Parameter(torch.empty(E, E)) if moe.gating_residual and not first else None
         self.bias: Tensor | None  # (), on the scores of zero-computation experts: no parameter, a schedule sets it
         self.register_buffer("bias", torch.zeros(()) if moe.score_bias else None)
+        # (2,), likewise, but for the choice alone: in training, in evaluation (budget.py)
+        self.choice_bias: Tensor | None
+        self.register_buffer("choice_bias", torch.zeros(2) if moe.ffn_budget is not None else None)
 
     def forward(self, x_BSD: Tensor, previous_logits_TE: Tensor | None = None) -> Routing:
         moe = self.moe
@@ -101,16 +104,22 @@ class Router(nn.Module):
             if moe.logits_norm_std is not None:
                 std_T1 = logits_TE.std(-1, keepdim=True).clamp(min=1e-12)  # 0 where all logits are equal
                 scores_TE = logits_TE * (moe.logits_norm_std / std_T1)
-            if self.bias is not None:
-                is_ffn_E = torch.arange(moe.n_experts, device=scores_TE.device) < moe.n_ffn
-                scores_TE = scores_TE + self.bias.to(dtype).where(~is_ffn_E, 0.0)
-            experts_TK = self.choose(scores_TE)
+            scores_TE = self.biased(scores_TE, self.bias)
+            choice_bias = None if self.choice_bias is None else self.choice_bias[0 if self.training else 1]
+            experts_TK = self.choose(self.biased(scores_TE, choice_bias))
             gates_TK = self.gates(scores_TE, experts_TK)
             kept_TK = None
             if moe.capacity_factor is not None and self.training:
                 kept_TK = balance.within_capacity(experts_TK.view(*x_BSD.shape[:2], -1), moe).flatten(0, 1)
                 gates_TK = gates_TK * kept_TK
         return Routing(logits_TE, experts_TK, gates_TK, scores_TE, kept_TK, moe)
+
+    def biased(self, scores_TE: Tensor, bias: Tensor | None) -> Tensor:
+        """With a bias on the zero-computation experts'."""
+        if bias is None:
+            return scores_TE
+        is_ffn_E = torch.arange(self.moe.n_experts, device=scores_TE.device) < self.moe.n_ffn
+        return scores_TE + bias.to(scores_TE.dtype).where(~is_ffn_E, 0.0)
 
     def matrices(self) -> list[Tensor]:
         """What makes logits of x, one after the other: (E, D), or (8E, D) and (E, 8E)."""

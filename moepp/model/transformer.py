@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from .attention import attend
+from .budget import Budget
 from .config import MoEConfig, TransformerConfig, require
 from .counts import require_memory
 from .errors import InputError
 from .init import draw_seed, init_parameters
 from .moe import MoELayer
-from .router import Routing
+from .router import Router, Routing
 
 
 class KVCache:
@@ -114,11 +115,26 @@ class Transformer(nn.Module):
             self.blocks = nn.ModuleList(Block(config, moe, first=i == 0) for i in range(config.n_layers))
             self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            routers = [module for module in self.blocks.modules() if isinstance(module, Router)]
+            self.budget = Budget(moe, routers) if moe.ffn_budget is not None else None
         self.to_empty(device=device)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         init_parameters(self, seed, config.init_std, config.n_layers, config.tie_embeddings)
         self.register_buffer("rope_2Sd", rope_table(config), persistent=False)
+
+    def set_ffn_budget(self, ffn_per_token: float) -> None:
+        """From now on tokens take so many FFN experts, in the mean over text like that of the training.
+
+        Raises:
+            InputError: no choice can spend that, or the model was not trained with a budget.
+        """
+        self.moe_config.require_budget(ffn_per_token, "ffn_budget")
+        if self.budget is None or self.budget.seen == 0:
+            raise InputError(
+                "ffn_budget: only what was trained with one (model.moe.ffn_budget) can be given another"
+            )
+        self.budget.spend(ffn_per_token)
 
     def forward(self, tokens_BS: Tensor, caches: list[KVCache] | None = None) -> Output:
         """With `caches` (one per layer) `tokens_BS` continues the positions that these have seen."""

@@ -63,6 +63,7 @@ def generate(
     temperature: float = 0.8,
     top_p: float = 0.95,
     seed: int = 0,
+    ffn_budget: float | None = None,
 ) -> None:
     """Write text.
 
@@ -73,11 +74,14 @@ def generate(
         temperature: divides the logits; 0 always takes the most likely token.
         top_p: sample among the fewest tokens whose probabilities reach this sum.
         seed: of the sampling.
+        ffn_budget: FFN experts per token, of a model trained with a budget; by default that one.
     """
     loaded = load(ckpt or newest_checkpoint())
     model, tokenizer = loaded.model, loaded.tokenizer
     if tokenizer is None:
         raise InputError(f"{ckpt}: has no tokenizer; import it with one (moepp import --help)")
+    if ffn_budget is not None:
+        model.set_ffn_budget(ffn_budget)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     end = loaded.end_of_text
     ids = tokenizer.encode(prompt, add_special_tokens=not loaded.begins_with_end).ids

@@ -25,7 +25,7 @@ from moepp.system.files import differences
 from moepp.training.checkpoint import described
 from moepp.training.metrics import FINAL, VAL, Validation
 from moepp.training.run_folder import say
-from moepp.training.start import ConvertConfig, DistillConfig, Teacher, start_from
+from moepp.training.start import BudgetConfig, ConvertConfig, DistillConfig, Teacher, start_from
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class LitMoE(L.LightningModule):
             is by default what the checkpoint says.
         convert: how the experts that `moepp convert` has added are let in.
         distill: a teacher to stay close to.
+        budget: how `moe.ffn_budget` is reached.
     """
 
     def __init__(
@@ -94,12 +95,15 @@ class LitMoE(L.LightningModule):
         init_from: str | None = None,
         convert: ConvertConfig = ConvertConfig(),
         distill: DistillConfig = DistillConfig(),
+        budget: BudgetConfig = BudgetConfig(),
     ) -> None:
         super().__init__()
         self.transformer, self.moe, self.optim = transformer, moe, optim
         self.model = Transformer(transformer, moe)
         self.resumed = False  # from a checkpoint of this run
-        self.init_from, self.convert, self.distill = init_from, convert, distill
+        self.init_from, self.convert, self.distill, self.budget = init_from, convert, distill, budget
+        if budget.start is not None:
+            moe.require_budget(budget.start, "budget.start")
         self.teacher: Teacher | None = None
         self.compile_loss = compile
         if compile:
@@ -145,6 +149,8 @@ class LitMoE(L.LightningModule):
         cross_entropy = linear_cross_entropy(
             hidden_BSD.flatten(0, 1), self.model.head.weight, batch["targets"].flatten(), self.compile_loss
         )
+        if self.model.budget is not None:
+            self.model.budget.observe(routings)
         balance = mean_load_balance_loss(routings)
         loss = cross_entropy + self.moe.balance_weight * balance
         figures = {}
@@ -169,7 +175,17 @@ class LitMoE(L.LightningModule):
             **figures,
         }
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Steer the share of FFN experts by what the step's tokens took."""
+        if self.model.budget is not None and self.moe.ffn_budget is not None:
+            step, steps = self.trainer.global_step, int(self.trainer.estimated_stepping_batches)
+            now, following = (self.budget.at(i, steps, self.moe.ffn_budget) for i in (step, step + 1))
+            self.model.budget.step(now, lambda figures: self.trainer.strategy.reduce(figures, reduce_op="mean"))
+            self.model.budget.spend(following)
+
     def on_validation_epoch_start(self) -> None:
+        if self.moe.ffn_budget is not None and self.trainer.state.fn != "fit":
+            self.model.set_ffn_budget(self.moe.ffn_budget)
         files = self.trainer.datamodule.files  # type: ignore[attr-defined]
         self.validation = Validation(files, self.device)
 
@@ -262,7 +278,8 @@ class LitMoE(L.LightningModule):
         }
         now = {"transformer": asdict(self.transformer), "moe": asdict(self.moe)}
         for key, old, new in differences(before, now):
-            if key.partition(".")[2] not in FREE_TO_CHANGE:
+            other_budget = key == "moe.ffn_budget" and None not in (old, new)
+            if key.partition(".")[2] not in FREE_TO_CHANGE and not other_budget:
                 raise InputError(f"model.{key}: is {new}, the checkpoint's is {old}")
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         meta = data.files.meta

@@ -28,7 +28,10 @@ def oracle_layer(
             torch.exp(scores[i] - scores.max()) / sum(torch.exp(scores[j] - scores.max()) for j in range(E))
             for i in range(E)
         ]
-        chosen = sorted(range(E), key=lambda i: -scores[i].item())[: moe.top_k]
+        choice = scores.clone()
+        if moe.ffn_budget is not None:
+            choice[moe.n_ffn :] += layer.router.choice_bias
+        chosen = sorted(range(E), key=lambda i: -choice[i].item())[: moe.top_k]
         weighed = [i for i in chosen if kind(moe, i) != "zero"]
         y = torch.zeros_like(x)
         for i in weighed:

@@ -22,6 +22,8 @@ def make(moe: MoEConfig, T: int, seed: int = 0) -> tuple[MoELayer, torch.Tensor,
         for parameter in layer.parameters():
             parameter.normal_(0, 0.5)
     set_bias(layer, -0.7)
+    if layer.router.choice_bias is not None:
+        layer.router.choice_bias.fill_(0.4)
     x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
     return layer, x, torch.randn(T, moe.n_experts, dtype=torch.float64, requires_grad=True)
 
@@ -53,12 +55,14 @@ def agree(layer: MoELayer, x: torch.Tensor, previous: torch.Tensor | None, train
 def cases(draw: st.DrawFn) -> tuple[MoEConfig, int, int]:
     n_ffn, n_zero, n_copy, n_const = (draw(st.integers(low, 3)) for low in (1, 0, 0, 0))
     n_experts = n_ffn + n_zero + n_copy + n_const
+    top_k = draw(st.integers(1, min(3, n_experts)))
+    spendable = min(top_k, n_ffn) > max(0, top_k - n_experts + n_ffn)
     moe = MoEConfig(
         n_ffn=n_ffn,
         n_zero=n_zero,
         n_copy=n_copy,
         n_const=n_const,
-        top_k=draw(st.integers(1, min(3, n_experts))),
+        top_k=top_k,
         tau=draw(st.sampled_from([0.1, 0.75, 1.0])),
         capacity_factor=draw(st.sampled_from([None, 0.4, 1.1])),
         gating_residual=draw(st.booleans()),
@@ -66,6 +70,7 @@ def cases(draw: st.DrawFn) -> tuple[MoEConfig, int, int]:
         renormalize=draw(st.booleans()),
         balance_groups=draw(st.booleans()),
         score_bias=draw(st.booleans()),
+        ffn_budget=min(top_k, n_ffn) - 0.5 if spendable and draw(st.booleans()) else None,
     )
     return moe, draw(st.integers(1, 9)), draw(st.integers(0, 2**16))
 
