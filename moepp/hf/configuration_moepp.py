@@ -33,6 +33,8 @@ class MoeppConfig(PreTrainedConfig):
         norm_topk_prob: False: gates are the chosen experts' probabilities among all E.
         balance_groups: balance FFN experts as one group against zero-computation experts as another.
         score_bias: the scores of zero-computation experts have a bias.
+        ffn_budget: FFN experts per token, in the mean; held by a bias on the choice alone.
+        budget_over: what that mean was taken over in training: the "model" or each "layer".
     """
 
     model_type = "moepp"
@@ -71,6 +73,8 @@ class MoeppConfig(PreTrainedConfig):
         norm_topk_prob: bool = True,
         balance_groups: bool = False,
         score_bias: bool = False,
+        ffn_budget: float | None = None,
+        budget_over: str = "model",
         use_cache: bool = True,
         output_router_logits: bool = False,
         **kwargs: Any,
@@ -104,6 +108,8 @@ class MoeppConfig(PreTrainedConfig):
         self.norm_topk_prob = norm_topk_prob
         self.balance_groups = balance_groups
         self.score_bias = score_bias
+        self.ffn_budget = ffn_budget
+        self.budget_over = budget_over
         self.use_cache = use_cache
         self.output_router_logits = output_router_logits
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

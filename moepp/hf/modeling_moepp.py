@@ -30,6 +30,7 @@ class MoeppRouter(nn.Module):
     """G_j = W_j x_j + W_g,j G_(j-1) (equation 6), softmax, top-k, gates over the chosen. All of it in float32."""
 
     bias: Tensor | None
+    choice_bias: Tensor | None
 
     def __init__(self, config: MoeppConfig, first: bool) -> None:
         super().__init__()
@@ -40,6 +41,8 @@ class MoeppRouter(nn.Module):
         self.residual = nn.Parameter(torch.empty(E, E)) if config.gating_residual and not first else None
         # (), on the scores of zero-computation experts
         self.register_buffer("bias", torch.zeros(()) if config.score_bias else None)
+        # (2,), likewise, for the choice alone: while the budget was steered, and what it came to
+        self.register_buffer("choice_bias", torch.zeros(2) if config.ffn_budget is not None else None)
 
     def forward(self, x_TD: Tensor, previous_logits_TE: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The logits (T, E), for the next layer; the chosen experts (T, K), best first; their gates (T, K)."""
@@ -52,18 +55,26 @@ class MoeppRouter(nn.Module):
             if self.residual is not None and previous_logits_TE is not None:
                 logits_TE = logits_TE + F.linear(previous_logits_TE, self.residual.to(dtype))
             scores_TE = self.scores(logits_TE)
-            experts_TK = scores_TE.topk(self.config.num_experts_per_tok, dim=-1).indices
+            experts_TK = self.choice(scores_TE).topk(self.config.num_experts_per_tok, dim=-1).indices
             return logits_TE, experts_TK, self.gates(scores_TE, experts_TK)
 
     def scores(self, logits_TE: Tensor) -> Tensor:
-        """(T, E), what softmax and top-k are taken of."""
+        """(T, E), what softmax is taken of."""
         if self.config.logits_norm_std is not None:
             std_T1 = logits_TE.std(-1, keepdim=True).clamp(min=1e-12)  # 0 where all logits are equal
             logits_TE = logits_TE * (self.config.logits_norm_std / std_T1)
-        if self.bias is not None:
-            is_ffn_E = torch.arange(logits_TE.shape[-1], device=logits_TE.device) < self.config.num_experts
-            logits_TE = logits_TE + self.bias.to(logits_TE.dtype).where(~is_ffn_E, 0.0)
-        return logits_TE
+        return self.biased(logits_TE, self.bias)
+
+    def choice(self, scores_TE: Tensor) -> Tensor:
+        """(T, E), what top-k is taken of."""
+        return self.biased(scores_TE, None if self.choice_bias is None else self.choice_bias[1])
+
+    def biased(self, scores_TE: Tensor, bias: Tensor | None) -> Tensor:
+        """With a bias on the zero-computation experts'."""
+        if bias is None:
+            return scores_TE
+        is_ffn_E = torch.arange(scores_TE.shape[-1], device=scores_TE.device) < self.config.num_experts
+        return scores_TE + bias.to(scores_TE.dtype).where(~is_ffn_E, 0.0)
 
     def gates(self, scores_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """(T, K): softmax over the chosen experts' scores. A zero expert's gate is 0, before the division."""
@@ -223,6 +234,7 @@ class MoeppPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MoeppDecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _keys_to_ignore_on_load_unexpected = [r"model\.budget\."]  # noqa: RUF012
     _can_record_outputs = {"hidden_states": MoeppDecoderLayer, "attentions": MoeppAttention}  # noqa: RUF012
 
     @torch.no_grad()
@@ -286,16 +298,19 @@ class MoeppModel(MoeppPreTrainedModel):
         )
 
 
-def load_balance_loss(scores: tuple[Tensor, ...], attention_mask: Tensor | None, config: MoeppConfig) -> Tensor:
+def load_balance_loss(
+    scores: tuple[Tensor, ...], choices: tuple[Tensor, ...], attention_mask: Tensor | None, config: MoeppConfig
+) -> Tensor:
     """Mean over layers of L_b = Σ_i η_i f_i P_i, η = 1 for FFN experts, τ for the others (equation 7).
 
     f_i is the share of tokens that chose expert i, P_i its mean probability. Padding does not count.
     """
-    scores_LTE = torch.stack([scores_TE.to(scores[0].device) for scores_TE in scores])
+    scores_LTE, choice_LTE = (torch.stack([each.to(scores[0].device) for each in of]) for of in (scores, choices))
     if attention_mask is not None and attention_mask.dim() == 2:
         S = scores_LTE.shape[1] // len(attention_mask)
-        scores_LTE = scores_LTE[:, attention_mask[:, -S:].flatten().bool()]
-    chosen_LTK = scores_LTE.topk(config.num_experts_per_tok, dim=-1).indices
+        counts_T = attention_mask[:, -S:].flatten().bool()
+        scores_LTE, choice_LTE = scores_LTE[:, counts_T], choice_LTE[:, counts_T]
+    chosen_LTK = choice_LTE.topk(config.num_experts_per_tok, dim=-1).indices
     f_LE = torch.zeros_like(scores_LTE).scatter(2, chosen_LTK, 1.0).mean(1)
     P_LE = scores_LTE.softmax(-1).mean(1)
     groups = [config.num_experts, config.n_routed - config.num_experts]
@@ -339,7 +354,9 @@ class MoeppForCausalLM(MoeppPreTrainedModel, GenerationMixin):
         asked = self.config.output_router_logits if output_router_logits is None else output_router_logits
         loss = aux_loss = None
         if asked or self.training:
-            aux_loss = load_balance_loss(outputs.router_logits, attention_mask, self.config)
+            layers: Any = zip(self.model.layers, outputs.router_logits, strict=True)
+            choices = tuple(layer.mlp.gate.choice(scores_TE) for layer, scores_TE in layers)
+            aux_loss = load_balance_loss(outputs.router_logits, choices, attention_mask, self.config)
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
             if self.training:  # Trainer adds up a step's micro-batches, each by its share of the step's labels

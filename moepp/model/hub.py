@@ -18,6 +18,7 @@ from .transformer import Transformer
 from .weights import Parts, Shards, dense_names, fill, read_json, save_shards
 
 MODEL_TYPE = "moepp"
+BUDGET = "model.budget."  # its buffers, which the code in the folder has no use for
 CODE = ("configuration_moepp.py", "modeling_moepp.py")  # in moepp/hf
 TRANSFORMER = {  # our fields, and their keys in config.json where these differ
     "n_layers": "num_hidden_layers",
@@ -48,12 +49,13 @@ def load_hub(folder: str | Path) -> Transformer:
     model = Transformer(transformer, moe)
     tensors = Shards(folder)
     fill(model, tensors, tensor_names(transformer, moe))
-    for i, router in enumerate(routers(model)):
-        if router.bias is not None:
-            bias = tensors[bias_name(i)]
-            if bias.numel() != 1 or not bias.isfinite():
-                raise InputError(f"{folder}: {bias_name(i)} is not one finite number")
-            router.bias.fill_(bias.item())
+    for name, buffer in buffers(model):
+        if name.startswith(BUDGET) and name not in tensors:
+            continue  # transformers does not write it; the model keeps to the budget that it has
+        value = tensors[name]
+        if value.shape != buffer.shape or not value.isfinite().all():
+            raise InputError(f"{folder}: {name} is not of shape {tuple(buffer.shape)} and finite")
+        buffer.copy_(value)
     return model.eval()
 
 
@@ -68,17 +70,21 @@ def export_hub(model: Transformer, folder: str | Path, **more: Any) -> None:
             [value] if len(parts) == 1 else value.split([config.n_heads * config.head_dim, kv_width, kv_width])
         )
         tensors |= dict(zip(parts, values, strict=True))
-    for i, router in enumerate(routers(model)):
-        if router.bias is not None:
-            tensors[bias_name(i)] = router.bias
+    tensors |= dict(buffers(model))
     folder.mkdir(parents=True, exist_ok=True)
     save_shards(tensors, folder)
     content = write_config(config, model.moe_config) | more
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def bias_name(i: int) -> str:
-    return f"model.layers.{i}.mlp.gate.bias"
+def buffers(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """(name in the folder, tensor) of what a model keeps beside its parameters."""
+    for i, router in enumerate(routers(model)):
+        for name, buffer in router.named_buffers():
+            yield f"model.layers.{i}.mlp.gate.{name}", buffer
+    if model.budget is not None:
+        for name, buffer in model.budget.named_buffers():
+            yield BUDGET + name, buffer
 
 
 def tensor_names(transformer: TransformerConfig, moe: MoEConfig) -> Iterator[tuple[str, Parts]]:

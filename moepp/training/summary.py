@@ -66,7 +66,8 @@ class Summary(L.Callback):
             if (bits := final.get(f"{FINAL}{BITS}/{domain}")) is not None:
                 table.add_row(f"  {domain}", f"{bits:.4f}")
         expected = result["ffn_per_token_expected"]
-        table.add_row("FFN experts per token", f"{final[FINAL + FFN]:.3f} (at balance {expected:.3f})")
+        aim = f"at balance {expected:.3f}" if pl_module.moe.ffn_budget is None else f"budget {expected:.3f}"
+        table.add_row("FFN experts per token", f"{final[FINAL + FFN]:.3f} ({aim})")
         table.add_row("parameters", f"{parameters.total:,}, {result['active_parameters']:,} active per token")
         table.add_row("device", f"{result['device']}, {result['precision']}, torch {result['torch']}")
         table.add_row("folder", str(run_dir))

@@ -34,7 +34,10 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what differs fro
     "as in the paper": ({}, {}),
     "many zero experts, grouped queries": ({"n_kv_heads": 2}, {"n_zero": 6, "top_k": 3, "balance_groups": True}),
     "copies alone, top 1, tied": ({"tie_embeddings": True}, {"top_k": 1, "n_zero": 0, "n_const": 0, "n_copy": 3}),
-    "two-layer router, norms of heads": ({"qk_norm": "head", "head_size": 16}, {"router_depth": 2, "n_copy": 0}),
+    "two-layer router, a budget": (
+        {"qk_norm": "head", "head_size": 16},
+        {"router_depth": 2, "n_copy": 0, "ffn_budget": 1.1},
+    ),
     "a bias, probabilities as gates": ({}, {"score_bias": True, "renormalize": False, "gating_residual": False}),
     "as released": ({}, {"logits_norm_std": 0.7, "scale_expert_input": 2.0, "renormalize_without_zero": False}),
     "vanilla, norms of the width": ({"qk_norm": "width", "n_kv_heads": 1}, NO_ZERO_COMPUTATION),
@@ -52,6 +55,8 @@ def build(name: str) -> Transformer:
     for router in routers(model):
         if router.bias is not None:
             router.bias.fill_(-0.7)
+        if router.choice_bias is not None:
+            router.choice_bias.fill_(0.4)
     return model.eval()
 
 

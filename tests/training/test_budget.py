@@ -1,0 +1,83 @@
+"""A budget in a run: held while it trains, another one afterwards, and what is refused."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from moepp.cli import main
+from moepp.training.start import BudgetConfig
+from tests.conftest import read_csv, tiny
+
+CKPT = "--ckpt=run/checkpoints/step-00000120.ckpt"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """Trained at 0.7 of 2 FFN experts, where τ alone would give 1.2."""
+    folder = tmp_path_factory.mktemp("budget")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        options = ["--model.moe.ffn_budget=0.7", "--trainer.max_steps=120", "--trainer.val_check_interval=120"]
+        assert (
+            main(["fit", *tiny(text_file), "--data.batch_size=16", *options, "--trainer.default_root_dir=run"])
+            == 0
+        )
+    return folder
+
+
+def test_it_is_held_in_training_and_on_other_text(run: Path) -> None:
+    spent = [float(row["routing/ffn_per_token"]) for row in read_csv(run / "run") if row["routing/ffn_per_token"]]
+    for start in range(30, 71, 10):
+        assert sum(spent[start : start + 50]) / 50 == pytest.approx(0.7, rel=0.02)  # of 512 tokens a step
+    result = json.loads((run / "run/result.json").read_text())
+    assert result["ffn_per_token_expected"] == 0.7
+    assert result["final/ffn_per_token"] == pytest.approx(0.7, rel=0.06)  # 2,000 tokens of it
+
+
+def test_a_trained_model_can_be_given_another(
+    run: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(run)
+    spent = []
+    for budget in (0.3, 1.6):
+        validate = [*tiny(text_file), f"--model.moe.ffn_budget={budget}", CKPT.replace("--ckpt", "--ckpt_path")]
+        assert main(["validate", *validate]) == 0
+        said = capsys.readouterr().out
+        found = re.search(r"final/ffn_per_token\s+([\d.]+)", said)
+        assert found
+        spent.append(float(found[1]))
+        assert main(["generate", CKPT, "--prompt=the", "--max_new_tokens=4", f"--ffn_budget={budget}"]) == 0
+    assert spent == pytest.approx([0.3, 1.6], abs=0.1)
+
+
+def test_it_can_be_reached_step_by_step() -> None:
+    schedule = BudgetConfig(start=2.0, steps=4)
+    assert [schedule.at(step, 100, 1.0) for step in range(6)] == [2.0, 1.75, 1.5, 1.25, 1.0, 1.0]
+    assert BudgetConfig(start=2.0).at(25, 100, 1.0) == 1.5
+    assert BudgetConfig().at(0, 100, 1.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit", "--model.moe.ffn_budget=2"], "moe.ffn_budget: must be above 0 and below 2, got 2.0"),
+        (["fit", "--model.moe.ffn_budget=1", "--model.budget.start=3"], "budget.start: must be above 0"),
+        (["fit", "--model.moe.ffn_budget=1", "--model.budget.steps=0"], "budget.steps: must be positive, got 0"),
+        (["generate", CKPT, "--ffn_budget=0"], "ffn_budget: must be above 0 and below 2, got 0.0"),
+        (["export", "released", CKPT], "moe.ffn_budget: the released format holds exactly None, got 0.7"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    run: Path,
+    text_file: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(run)
+    verb, *more = arguments
+    assert main([verb, *(tiny(text_file) if verb == "fit" else []), *more]) == 2
+    assert message in capsys.readouterr().err
