@@ -46,7 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if mistyped := find_mistyped(rest):
             return fail(f"{verb}: {mistyped}")
-    return one_line_errors(verb, lambda: importlib.import_module(module).run(verb, rest))
+    return one_line_errors(verb, lambda: start(module, verb, rest))
+
+
+def start(module: str, verb: str, arguments: list[str]) -> None:
+    from moepp.system.lean import import_lightning
+
+    import_lightning()
+    importlib.import_module(module).run(verb, arguments)
 
 
 def one_line_errors(verb: str, run: Callable[[], None]) -> int:
