@@ -34,7 +34,8 @@ def looped_experts(
 
 def multiple(x_TD: Tensor) -> int:
     """What the rows of an expert's products are rounded up to. oneDNN, which computes bf16 on a CPU, compiles a
-    kernel for each shape that it meets, and an expert has another number of tokens in each step: a fifth of its time."""
+    kernel for each shape that it meets, and no two steps send an expert as many tokens: a fifth of a step's time.
+    """
     return 16 if x_TD.dtype == torch.bfloat16 else 1
 
 
