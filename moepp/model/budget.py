@@ -80,7 +80,8 @@ class Budget(nn.Module):
     @torch.no_grad()
     def step(self, ffn_per_token: float, mean_over_devices: Callable[[Tensor], Tensor]) -> None:
         """Learn from what a step observed, whose budget this was. What is not finite is left out."""
-        now_XQ, spent_X1 = mean_over_devices(torch.stack(self.pending).mean(0)).split((QUANTILES, 1), dim=1)
+        figures_XF = mean_over_devices(torch.stack(self.pending).mean(0)).to(self.quantiles_XQ)
+        now_XQ, spent_X1 = figures_XF.split((QUANTILES, 1), dim=1)
         self.pending.clear()
         weight = (1 / (self.seen + 1)).clamp(min=WEIGHT)  # the first steps all count alike
         begun = self.seen > 0  # before, nobody was asked to keep to a budget

@@ -126,6 +126,14 @@ def routing_of(scores_TE: torch.Tensor, moe: MoEConfig) -> Routing:
     return Routing(scores_TE, experts_TK, torch.ones(experts_TK.shape), scores_TE, None, moe)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_it_is_in_the_dtype_of_its_model(dtype: torch.dtype) -> None:
+    model = Transformer(SIZES, MoEConfig(ffn_budget=1.2)).to(dtype)
+    step(model.budget, model.hidden(torch.randint(50, (4, 32)))[1])
+    model.set_ffn_budget(0.9)
+    assert all(value.dtype == dtype for name, value in model.state_dict().items() if name != "budget.seen")
+
+
 def test_evaluation_leaves_it_as_it_is() -> None:
     model = Transformer(SIZES, MoEConfig(ffn_budget=1.2)).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
