@@ -93,7 +93,7 @@ def swap_moe(
 def swap_block(block: Any, moe: MoEConfig, noise: float, generator: torch.Generator, first: bool) -> None:
     gate, weight_FD = block.gate, block.gate.weight
     D, E, n_added = weight_FD.shape[1], moe.n_experts, moe.n_zero_computation
-    gate.moe, gate.added, gate.residual = moe, None, None
+    gate.moe, gate.added, gate.residual, gate.choice_bias = moe, None, None, None
     if n_added:
         gate.added = nn.Parameter(added_rows(weight_FD, n_added, noise, generator).to(weight_FD))
     if moe.gating_residual and not first:

@@ -30,7 +30,7 @@ def oracle_layer(
         ]
         choice = scores.clone()
         if moe.ffn_budget is not None:
-            choice[moe.n_ffn :] += layer.router.choice_bias
+            choice[moe.n_ffn :] += layer.router.choice_bias[0 if layer.training else 1]
         chosen = sorted(range(E), key=lambda i: -choice[i].item())[: moe.top_k]
         weighed = [i for i in chosen if kind(moe, i) != "zero"]
         y = torch.zeros_like(x)
