@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from moepp.training.checkpoint import read_checkpoint, step_path
 from tests.conftest import read_csv, tiny
 
 FIT = ["-m", "moepp", "fit"]
-TWO = ["--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.max_steps=2"]
+TWO = ["--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.max_steps=2", "--model.moe.ffn_budget=1.2"]
 
 
 def free_port() -> int:
@@ -58,3 +59,4 @@ def test_two_processes_are_one_run(text_file: Path, workdir: Path, launch) -> No
     assert {path.name for path in run.iterdir()} == names
     assert (run / "train.log").read_text().count("step 2/2") == 1
     assert [float(row["train/tokens"]) for row in read_csv(run)] == [2 * 4 * 32, 2 * 2 * 4 * 32]
+    assert read_checkpoint(step_path(run, 2))["state_dict"]["model.budget.seen"] == 2  # steered by both together
