@@ -15,7 +15,7 @@ from .config import MoEConfig, TransformerConfig
 from .conversion import routers
 from .errors import InputError
 from .transformer import Transformer
-from .weights import Parts, Shards, dense_names, fill, read_json, save_shards
+from .weights import Parts, Shards, dense_names, fill, read_json, save_shards, taken_apart
 
 MODEL_TYPE = "moepp"
 BUDGET = "model.budget."  # its buffers, which the code in the folder has no use for
@@ -62,14 +62,7 @@ def load_hub(folder: str | Path) -> Transformer:
 def export_hub(model: Transformer, folder: str | Path, **more: Any) -> None:
     """Write `config.json`, with the keys of `more` as well, and `.safetensors`; `CODE` goes there too."""
     folder, config = Path(folder), model.config
-    kv_width = config.kv_heads * config.head_dim
-    tensors: dict[str, Tensor] = {}
-    for name, [parts] in tensor_names(config, model.moe_config):
-        value = model.get_parameter(name).detach()
-        values = (
-            [value] if len(parts) == 1 else value.split([config.n_heads * config.head_dim, kv_width, kv_width])
-        )
-        tensors |= dict(zip(parts, values, strict=True))
+    tensors = taken_apart(model, tensor_names(config, model.moe_config))
     tensors |= dict(buffers(model))
     folder.mkdir(parents=True, exist_ok=True)
     save_shards(tensors, folder)

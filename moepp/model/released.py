@@ -6,17 +6,15 @@ top-2 routing.
 
 import json
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .config import MoEConfig, TransformerConfig
 from .errors import InputError
 from .transformer import Transformer
-from .weights import Parts, Shards, dense_names, fill, read_json, save_shards
+from .weights import Parts, Shards, dense_names, fill, read_json, save_shards, taken_apart
 
 # nothing else fits the format
 HELD: dict[str, Any] = {"n_zero": 1, "n_copy": 1, "n_const": 2, "top_k": 2}
@@ -27,6 +25,7 @@ PLAIN: dict[str, Any] = {
     "qk_norm": "none",
     "head_size": None,
 }
+STACKED = ("w_gate_up", "w_down", "constants", "mix")  # parameters of ours that stack one tensor per expert
 TRANSFORMER = {  # our fields, and their keys in config.json
     "vocab_size": "vocab_size",
     "n_layers": "num_hidden_layers",
@@ -63,29 +62,13 @@ def export_released(model: Transformer, folder: str | Path) -> None:
     """
     folder = Path(folder)
     config = write_config(model.config, model.moe_config)
-    tensors: dict[str, Tensor] = {}
-    for name, parts in tensor_names(model.config, model.moe_config):
-        value = model.get_parameter(name).detach()
-        if stacked(name):
-            values = list(value.unbind())
-        elif name.endswith("qkv.weight"):
-            kv = model.config.kv_heads * model.config.head_dim
-            values = list(value.split([model.config.hidden_size, kv, kv]))
-        else:
-            values = [value]
-        names = chain.from_iterable(parts)
-        tensors |= dict(zip(names, values, strict=True))
+    tensors = taken_apart(model, tensor_names(model.config, model.moe_config), STACKED)
     E = model.moe_config.n_experts
     for i in range(model.config.n_layers):  # no gating residual is a residual of zero; layer 0's is never used
         tensors.setdefault(f"model.layers.{i}.mlp.moe.gate.gate_map.weight", torch.zeros(E, E))
     folder.mkdir(parents=True, exist_ok=True)
     save_shards(tensors, folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def stacked(name: str) -> bool:
-    """Whether a parameter of ours stacks one tensor per expert."""
-    return name.endswith(("w_gate_up", "w_down", "constants", "mix"))
 
 
 def tensor_names(transformer: TransformerConfig, moe: MoEConfig) -> Iterator[tuple[str, Parts]]:

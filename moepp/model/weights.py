@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,20 @@ def dense_names(config: TransformerConfig) -> Iterator[tuple[str, Parts]]:
         if config.qk_norm != "none":
             for part in "qk":
                 yield f"{ours}.attention.{part}_norm.weight", [[f"{theirs}.self_attn.{part}_norm.weight"]]
+
+
+def taken_apart(
+    model: nn.Module, names: Iterable[tuple[str, Parts]], stacked: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
+    """The tensors that `fill` makes `model` of. Parameters that stack one per expert have names ending as `stacked`."""
+    tensors: dict[str, Tensor] = {}
+    for name, parts in names:
+        value = model.get_parameter(name).detach()
+        values = value.unbind() if name.endswith(stacked) else (value,)
+        if name.endswith(".qkv.weight"):
+            values = value.split(model.get_submodule(name.removesuffix(".qkv.weight")).widths)
+        tensors |= dict(zip(chain.from_iterable(parts), values, strict=True))
+    return tensors
 
 
 @torch.no_grad()
