@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .config import require
 from .errors import InputError
-from .router import Router
+from .router import Router, routers
 from .transformer import Transformer
 
 SILENT = -1e4  # e to this is exactly 0, in float64 too
@@ -73,11 +73,6 @@ def add_zero_computation(
     for old_router, new_router in zip(routers(model), routers(new), strict=True):
         add_rows(old_router, new_router, noise)
     return new.eval()
-
-
-def routers(model: nn.Module) -> list[Router]:
-    """Of every layer, the first first."""
-    return [module for module in model.modules() if isinstance(module, Router)]
 
 
 def add_rows(old: Router, new: Router, noise: float) -> None:

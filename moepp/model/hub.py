@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from .config import MoEConfig, TransformerConfig
-from .conversion import routers
 from .errors import InputError
+from .router import routers
 from .transformer import Transformer
 from .weights import Parts, Shards, dense_names, fill, read_json, save_shards, taken_apart
 

@@ -141,3 +141,8 @@ class Router(nn.Module):
         all_zero_T1 = is_zero_TK.all(-1, keepdim=True)
         gates_TK = chosen_TK.masked_fill(is_zero_TK & ~all_zero_T1, float("-inf")).softmax(-1)
         return gates_TK.masked_fill(is_zero_TK, 0.0)
+
+
+def routers(model: nn.Module) -> list[Router]:
+    """Of every layer, the first first."""
+    return [module for module in model.modules() if isinstance(module, Router)]

@@ -15,7 +15,7 @@ from .counts import require_memory
 from .errors import InputError
 from .init import draw_seed, init_parameters
 from .moe import MoELayer
-from .router import Router, Routing
+from .router import Routing, routers
 
 
 class KVCache:
@@ -115,8 +115,7 @@ class Transformer(nn.Module):
             self.blocks = nn.ModuleList(Block(config, moe, first=i == 0) for i in range(config.n_layers))
             self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-            routers = [module for module in self.blocks.modules() if isinstance(module, Router)]
-            self.budget = Budget(moe, routers) if moe.ffn_budget is not None else None
+            self.budget = Budget(moe, routers(self.blocks)) if moe.ffn_budget is not None else None
         self.to_empty(device=device)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight

@@ -17,8 +17,8 @@ from tokenizers.processors import TemplateProcessing
 
 from moepp.cli import main
 from moepp.model import MoEConfig, Transformer, TransformerConfig, mean_load_balance_loss, weights
-from moepp.model.conversion import routers
 from moepp.model.hub import export_hub, load_hub, tensor_names
+from moepp.model.router import routers
 from moepp.text.tokenizer import train_tokenizer
 from moepp.training.checkpoint import checkpoint_of, load, write_checkpoint
 from tests.conftest import SENTENCE, tiny

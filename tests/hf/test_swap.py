@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from moepp.model import InputError, Transformer, add_zero_computation, load_foreign, mean_load_balance_loss
-from moepp.model.conversion import SILENT, routers
+from moepp.model.conversion import SILENT
+from moepp.model.router import routers
 from tests.foreign_models import MODELS, SIZES, build, transformers
 
 hf = pytest.importorskip("moepp.hf", reason="needs transformers: pip install 'moepp[hf]'")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from moepp.model.conversion import routers
+from moepp.model.router import routers
 from tests.foreign_models import SIZES, build, transformers
 
 hf = pytest.importorskip("moepp.hf", reason="needs transformers: pip install 'moepp[hf]'")

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from moepp.cli import main
-from moepp.model.conversion import SILENT, routers
+from moepp.model.conversion import SILENT
+from moepp.model.router import routers
 from moepp.training.checkpoint import load, read_checkpoint, write_checkpoint
 from moepp.training.module import LitMoE
 from tests.conftest import read_csv, tiny

@@ -8,7 +8,8 @@ import torch
 import yaml
 
 from moepp.cli import main
-from moepp.model.conversion import SILENT, routers
+from moepp.model.conversion import SILENT
+from moepp.model.router import routers
 from moepp.study.compare.matrix import Matrix, read_matrix, resolve
 from moepp.training.checkpoint import load
 from tests.conftest import RECIPES, tiny
