@@ -154,6 +154,13 @@ class Loaded:
         own = self.tokenizer is not None and self.tokenizer.num_special_tokens_to_add(False) > 0
         return self.end_of_text is not None and not (own and self.meta.get("data_hash") is None)
 
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, and before them what the model wants there. There has to be a tokenizer."""
+        assert self.tokenizer is not None
+        ids = self.tokenizer.encode(text, add_special_tokens=not self.begins_with_end).ids
+        end = self.end_of_text
+        return [end, *ids] if end is not None and self.begins_with_end else ids
+
     @property
     def origin(self) -> tuple[Any, ...]:
         """For `checkpoint_of`, of another model that is made from this one."""
@@ -184,6 +191,18 @@ def load(path: str | Path) -> Loaded:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: its weights do not fit its config ({reason})") from error
     return Loaded(model.eval(), tokenizer, meta)
+
+
+def load_with_tokenizer(path: str | Path) -> tuple[Loaded, Tokenizer]:
+    """The same of a model that is to read or write text.
+
+    Raises:
+        InputError: as `load`, or there is no tokenizer.
+    """
+    loaded = load(path)
+    if loaded.tokenizer is None:
+        raise InputError(f"{path}: has no tokenizer; import it with one (moepp import --help)")
+    return loaded, loaded.tokenizer
 
 
 # ---- the checkpoints of a run ------------------------------------------------------------------------------

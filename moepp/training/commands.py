@@ -24,7 +24,13 @@ from moepp.text.prepare import prepare as prepare_text
 from moepp.text.token_files import TokenFiles
 from moepp.text.tokenizer import end_of_text, load_tokenizer, read_tokenizer, vocabulary_size
 from moepp.training.arguments import OneLineParser
-from moepp.training.checkpoint import checkpoint_of, load, newest_checkpoint, write_checkpoint
+from moepp.training.checkpoint import (
+    checkpoint_of,
+    load,
+    load_with_tokenizer,
+    newest_checkpoint,
+    write_checkpoint,
+)
 from moepp.training.hub_folder import export_hub_folder, read_origin, with_post_processor
 from moepp.training.run_folder import result_of
 
@@ -76,17 +82,12 @@ def generate(
         seed: of the sampling.
         ffn_budget: FFN experts per token, of a model trained with a budget; by default that one.
     """
-    loaded = load(ckpt or newest_checkpoint())
-    model, tokenizer = loaded.model, loaded.tokenizer
-    if tokenizer is None:
-        raise InputError(f"{ckpt}: has no tokenizer; import it with one (moepp import --help)")
+    loaded, tokenizer = load_with_tokenizer(ckpt or newest_checkpoint())
+    model = loaded.model
     if ffn_budget is not None:
         model.set_ffn_budget(ffn_budget)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    end = loaded.end_of_text
-    ids = tokenizer.encode(prompt, add_special_tokens=not loaded.begins_with_end).ids
-    if end is not None and loaded.begins_with_end:
-        ids = [end, *ids]
+    ids = loaded.encode(prompt)
     if max_new_tokens is None:
         max_new_tokens = max(1, min(200, model.config.context_length - len(ids)))
     whole = generation.generate(
@@ -95,7 +96,7 @@ def generate(
         max_new_tokens,
         temperature,
         top_p,
-        stop=end,
+        stop=loaded.end_of_text,
         seed=seed,
     )
     print(tokenizer.decode(whole.tolist()))

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moepp.model import InputError
 from moepp.model.config import require
 from moepp.study.eval.difficulty import difficulty, score_of
 from moepp.study.eval.model import MoEppLM
@@ -30,7 +29,7 @@ from moepp.study.figures.picture import KIND_NAMES
 from moepp.study.figures.routing_stats import DocumentPassages, RoutingCounts
 from moepp.study.tasks.open import members, open_tasks
 from moepp.training.arguments import OneLineParser
-from moepp.training.checkpoint import load, newest_checkpoint, results_folder
+from moepp.training.checkpoint import load_with_tokenizer, newest_checkpoint, results_folder
 
 BY_TASK = [
     paper_figures.load,
@@ -73,15 +72,13 @@ def run(verb: str, arguments: list[str]) -> None:
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]
     require(bool(names), "tasks", options.tasks, "must name a task")
     ckpt = Path(options.ckpt or newest_checkpoint())
-    loaded = load(ckpt)
-    if loaded.tokenizer is None:
-        raise InputError(f"{ckpt}: has no tokenizer; import it with one (moepp import --help)")
+    loaded, tokenizer = load_with_tokenizer(ckpt)
     opened = open_tasks(names, options.include_path)
     tasks = members(opened)
 
     model = loaded.model
     documents = {name: number_of_documents(task, options.limit) for name, task in tasks.items()}
-    texts_V = token_texts(loaded.tokenizer, model.config.vocab_size)
+    texts_V = token_texts(tokenizer, model.config.vocab_size)
     counts = RoutingCounts(model.moe_config, model.config.n_layers, texts_V, DocumentPassages(documents))
     lm = MoEppLM(loaded, counts)
     results = simple_evaluate(

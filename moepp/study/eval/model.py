@@ -48,7 +48,7 @@ class MoEppLM(TemplateLM):
             raise InputError(
                 "the checkpoint's tokenizer has no token that ends a text; import it with one that has"
             )
-        self.tokenizer, self.begins_with_end = loaded.tokenizer, loaded.begins_with_end
+        self.loaded, self.tokenizer = loaded, loaded.tokenizer
         self.end, self.counts = loaded.end_of_text, counts
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = loaded.model.to(self._device)
@@ -66,9 +66,9 @@ class MoEppLM(TemplateLM):
         return (self.tok_encode("") or [self.end])[0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        special = add_special_tokens is not False
-        ids = self.tokenizer.encode(string, add_special_tokens=special and not self.begins_with_end).ids
-        return [self.end, *ids] if special and self.begins_with_end else ids
+        if add_special_tokens is False:
+            return self.tokenizer.encode(string, add_special_tokens=False).ids
+        return self.loaded.encode(string)
 
     def encode_pair(self, context: str, continuation: str) -> tuple[np.ndarray, np.ndarray]:
         if context:

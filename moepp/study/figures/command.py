@@ -19,7 +19,7 @@ from moepp.study.figures.read_text import read_text
 from moepp.study.figures.routing_stats import RoutingCounts
 from moepp.text.held_out import HeldOut, TextOptions, held_out_text, open_held_out
 from moepp.training.arguments import OneLineParser
-from moepp.training.checkpoint import Loaded, load, newest_checkpoint, results_folder
+from moepp.training.checkpoint import Loaded, load, load_with_tokenizer, newest_checkpoint, results_folder
 
 TASK_NAME = re.compile(r"[\w-]+")
 
@@ -51,9 +51,7 @@ def run(verb: str, arguments: list[str]) -> None:
     """
     options = auto_cli(Options, args=arguments, parser_class=OneLineParser, prog=f"moepp {verb}")
     ckpt = Path(options.ckpt or newest_checkpoint())
-    loaded = load(ckpt)
-    if loaded.tokenizer is None:
-        raise InputError(f"{ckpt}: has no tokenizer; import it with one (moepp import --help)")
+    loaded, tokenizer = load_with_tokenizer(ckpt)
     model = loaded.model
     models = {str(ckpt): model}
     about = {"checkpoint": f"{ckpt}: {model.config.n_layers} layers, {experts(model)}"}
@@ -64,8 +62,8 @@ def run(verb: str, arguments: list[str]) -> None:
         models[options.versus] = other.model
         about["versus"] = f"{options.versus}: {experts(other.model)}"
     seq_len = min(each.config.context_length for each in models.values())
-    text = open_text(options, loaded, loaded.tokenizer, seq_len)
-    texts_V = token_texts(loaded.tokenizer, model.config.vocab_size)
+    text = open_text(options, loaded, tokenizer, seq_len)
+    texts_V = token_texts(tokenizer, model.config.vocab_size)
     parts_of_speech, untagged = None, {}
     try:
         parts_of_speech = PartsOfSpeech(texts_V, fetch_lexicon())
