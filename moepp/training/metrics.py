@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
+from moepp.model import MoEConfig
 from moepp.text.token_files import TokenFiles
 
 STEP = "step"  # optimizer steps so far: the first column of metrics.csv
@@ -18,6 +19,11 @@ FFN_PER_TOKEN = "routing/ffn_per_token"
 TOKENS_PER_SECOND, MFU = "speed/tokens_per_second", "speed/mfu"
 VAL, FINAL = "val/", "final/"  # stages; after them comes one of
 LOSS, PERPLEXITY, BITS, FFN = "loss", "perplexity", "bits_per_byte", "ffn_per_token"  # BITS also "/<domain>"
+
+
+def aim(moe: MoEConfig) -> str:
+    """What FFN experts per token are held against, for people."""
+    return f"{'at balance' if moe.ffn_budget is None else 'budget'} {moe.expected_ffn_per_token:.3f}"
 
 
 class BitsPerByte(Metric):

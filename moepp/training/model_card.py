@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from moepp.model import ParameterCount
+from moepp.model import MoEConfig, ParameterCount
 from moepp.training.checkpoint import Loaded
-from moepp.training.metrics import BITS, FFN, FINAL, LOSS, PERPLEXITY
+from moepp.training.metrics import BITS, FFN, FINAL, LOSS, PERPLEXITY, aim
 
 CARD = """\
 ---
@@ -86,7 +86,7 @@ def model_card(name: str, loaded: Loaded, parameters: ParameterCount, result: di
         where = "was trained elsewhere" if meta.get("data_hash") is None else "is not the last of a finished run"
         figures = f"No figures are given: this checkpoint {where}, and nothing was measured when it was exported."
     else:
-        rows |= measured(result, moe.top_k)
+        rows |= measured(result, moe)
         figures = (
             "Loss, bits per byte and FFN experts per token are of all the text that was held out from training."
         )
@@ -118,7 +118,7 @@ def model_card(name: str, loaded: Loaded, parameters: ParameterCount, result: di
     )
 
 
-def measured(result: dict[str, Any], top_k: int) -> dict[str, str]:
+def measured(result: dict[str, Any], moe: MoEConfig) -> dict[str, str]:
     """The rows of the table that result.json has something for; a run of before may say less."""
     ffn = result[FINAL + FFN]
     domains = {name.split("/", 2)[2]: bits for name, bits in result.items() if name.startswith(f"{FINAL}{BITS}/")}
@@ -131,7 +131,7 @@ def measured(result: dict[str, Any], top_k: int) -> dict[str, str]:
     if len(domains) > 1:
         rows["… by domain"] = ", ".join(f"{cell(name)} {bits:.3f}" for name, bits in domains.items())
     return rows | {
-        "FFN experts per token": f"{ffn:.3f} of {top_k} (at balance {result['ffn_per_token_expected']:.3f})",
+        "FFN experts per token": f"{ffn:.3f} of {moe.top_k} ({aim(moe)})",
         "parameters": f"{result['parameters']:,}, of which a token meets {result['active_parameters']:,}",
         "trained on": f"{result['device']}, {result['precision']}",
         "made with": f"moepp {result['moepp']} ({result['commit']}), torch {result['torch']}",

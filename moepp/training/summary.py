@@ -15,7 +15,7 @@ from moepp.model import count_parameters
 from moepp.model.generate import generate
 from moepp.system.files import replacing
 from moepp.system.machine import device_name, provenance
-from moepp.training.metrics import BITS, FFN, FINAL, LOSS, PERPLEXITY
+from moepp.training.metrics import BITS, FFN, FINAL, LOSS, PERPLEXITY, aim
 from moepp.training.module import LitMoE
 from moepp.training.monitor import Monitor
 
@@ -65,9 +65,7 @@ class Summary(L.Callback):
         for domain in trainer.datamodule.files.domains:  # type: ignore[attr-defined]
             if (bits := final.get(f"{FINAL}{BITS}/{domain}")) is not None:
                 table.add_row(f"  {domain}", f"{bits:.4f}")
-        expected = result["ffn_per_token_expected"]
-        aim = f"at balance {expected:.3f}" if pl_module.moe.ffn_budget is None else f"budget {expected:.3f}"
-        table.add_row("FFN experts per token", f"{final[FINAL + FFN]:.3f} ({aim})")
+        table.add_row("FFN experts per token", f"{final[FINAL + FFN]:.3f} ({aim(pl_module.moe)})")
         table.add_row("parameters", f"{parameters.total:,}, {result['active_parameters']:,} active per token")
         table.add_row("device", f"{result['device']}, {result['precision']}, torch {result['torch']}")
         table.add_row("folder", str(run_dir))
