@@ -30,15 +30,16 @@ def export_hub_folder(loaded: Loaded, folder: Path, result: dict[str, Any] | Non
     origin = {key: meta.get(key) for key in TEXTS}
     if loaded.tokenizer is not None:
         origin["post_processor"] = json.loads(meta["tokenizer"]).get("post_processor")
-    export_hub(model, folder, **special_tokens(loaded), **{ORIGIN: origin})
+    special = special_tokens(loaded)
+    export_hub(model, folder, **special, **{ORIGIN: origin})
     for name in CODE:  # by path: that room needs transformers
         shutil.copyfile(Path(moepp.model.__file__).parents[1] / "hf" / name, folder / name)
     sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}  # as `moepp generate`
     length = {"max_length": model.config.context_length}  # max_new_tokens would overrule a caller's max_length
-    write(folder / "generation_config.json", dumped(special_tokens(loaded) | sampling | length) + "\n")
+    write(folder / "generation_config.json", dumped(special | sampling | length) + "\n")
     if loaded.tokenizer is not None:
         write(folder / "tokenizer.json", tokenizer_json(loaded))
-        write(folder / "tokenizer_config.json", dumped(tokenizer_config(loaded)) + "\n")
+        write(folder / "tokenizer_config.json", dumped(tokenizer_config(loaded, special)) + "\n")
     parameters = count_parameters(model.config, model.moe_config)
     write(folder / "README.md", model_card(folder.resolve().name, loaded, parameters, result))
 
@@ -71,9 +72,9 @@ def special_tokens(loaded: Loaded) -> dict[str, int]:
     return {**start, "eos_token_id": end, "pad_token_id": end}
 
 
-def tokenizer_config(loaded: Loaded) -> dict[str, Any]:
+def tokenizer_config(loaded: Loaded, special: dict[str, int]) -> dict[str, Any]:
     tokenizer: Any = loaded.tokenizer
-    names = {key.removesuffix("_id"): tokenizer.id_to_token(i) for key, i in special_tokens(loaded).items()}
+    names = {key.removesuffix("_id"): tokenizer.id_to_token(i) for key, i in special.items()}
     return {
         "tokenizer_class": "TokenizersBackend",
         "model_max_length": loaded.model.config.context_length,
