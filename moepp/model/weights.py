@@ -153,7 +153,7 @@ def dense_names(config: TransformerConfig) -> Iterator[tuple[str, Parts]]:
 def taken_apart(
     model: nn.Module, names: Iterable[tuple[str, Parts]], stacked: tuple[str, ...] = ()
 ) -> dict[str, Tensor]:
-    """The tensors that `fill` makes `model` of. Parameters that stack one per expert have names ending as `stacked`."""
+    """The tensors that `fill` makes `model` of. Names that end as `stacked` are of one tensor per expert."""
     tensors: dict[str, Tensor] = {}
     for name, parts in names:
         value = model.get_parameter(name).detach()
