@@ -9,6 +9,7 @@ int64, an index into the token files' domains (-1 in training, where a window ma
 """
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from moepp.text.token_files import TokenFiles
 IGNORE = -100  # a target that is none: what torch's cross-entropy ignores
 
 Batch = dict[str, torch.Tensor]
+Part = Literal["all", "tune", "report"]  # of the held-out text: a half to choose options by, the other to report
 
 
 class TrainOrder:
@@ -93,16 +95,30 @@ class EpochSampler(Sampler[int]):
         return iter(range(first, first + self.length))
 
 
-def held_out_windows(files: TokenFiles, seq_len: int) -> np.ndarray:
+def held_out_windows(files: TokenFiles, seq_len: int, part: Part = "all") -> np.ndarray:
     """Windows that have each held-out token as a target once: (W, 3) int64, first token, targets (≤ S), domain."""
     return np.array(
         [
             (start, min(seq_len, end - 1 - start), domain)
-            for domain, (begin, end) in enumerate(files.val_ranges)
-            for start in range(begin - 1, end - 1, seq_len)  # begin - 1 is an end of text
+            for domain, (begin, end) in enumerate(part_of(files, part))
+            for start in range(begin - 1, end - 1, seq_len)  # begin - 1 is an end of text, or of the other half
         ],
         np.int64,
     )
+
+
+def part_of(files: TokenFiles, part: Part) -> list[tuple[int, int]]:
+    """Per domain, begin and end of its tokens in `files.val`. Halves meet where a document ends, if it is not the
+    only one."""
+    if part == "all":
+        return files.val_ranges
+    halves = []
+    for begin, end in files.val_ranges:
+        ends = begin + 1 + np.flatnonzero(files.val[begin : end - 1] == files.end_of_text)
+        middle = (begin + end) // 2
+        cut = int(ends[np.abs(ends - middle).argmin()]) if len(ends) else middle
+        halves.append((begin, cut) if part == "tune" else (cut, end))
+    return halves
 
 
 class HeldOutBatches(Dataset[Batch]):
@@ -113,12 +129,19 @@ class HeldOutBatches(Dataset[Batch]):
     """
 
     def __init__(
-        self, files: TokenFiles, seq_len: int, batch_size: int, rank: int = 0, world_size: int = 1
+        self,
+        files: TokenFiles,
+        seq_len: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        part: Part = "all",
     ) -> None:
         self.files = files
         self.seq_len = seq_len
         self.batch_size = batch_size
-        shuffled = np.random.Generator(np.random.Philox(key=0)).permutation(held_out_windows(files, seq_len))
+        windows = held_out_windows(files, seq_len, part)
+        shuffled = np.random.Generator(np.random.Philox(key=0)).permutation(windows)
         empty = np.zeros((-len(shuffled) % world_size, 3), np.int64)
         self.windows = np.concatenate([shuffled, empty])[rank::world_size]
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from moepp.model.errors import InputError
-from moepp.text.batches import EpochSampler, HeldOutBatches, TrainBatches, TrainOrder
+from moepp.text.batches import EpochSampler, HeldOutBatches, Part, TrainBatches, TrainOrder
 from moepp.text.prepare import check_options, check_range, prepare
 from moepp.text.token_files import TokenFiles
 from moepp.text.tokenizer import padded_vocab_size
@@ -29,6 +29,8 @@ class TokenDataModule(L.LightningDataModule):
         out_root: where token files are kept.
         tokenizer: tokenizer.json of another model to make them with, instead of training one on the text.
         allow_other_text: continue a checkpoint that was trained on another text (made with the same tokenizer).
+        val_part: held-out text to validate on: all, or of each domain the half to choose options by (tune), or the
+            other half, which then says how good they are (report).
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class TokenDataModule(L.LightningDataModule):
         out_root: str = "data/prepared",
         tokenizer: str | None = None,
         allow_other_text: bool = False,
+        val_part: Part = "all",
     ) -> None:
         super().__init__()
         check_options(vocab_size, val_fraction, "data.")
@@ -60,6 +63,7 @@ class TokenDataModule(L.LightningDataModule):
         self.out_root = out_root
         self.tokenizer = tokenizer
         self.allow_other_text = allow_other_text
+        self.val_part: Part = val_part
         self.files: TokenFiles  # from setup() on
 
     def prepare_data(self) -> None:
@@ -95,8 +99,9 @@ class TokenDataModule(L.LightningDataModule):
         return ResumableLoader(batches, sampler=EpochSampler(length, self.batches_seen), **self.loader_options())
 
     def val_dataloader(self) -> DataLoader:
-        """Each validation token as a target exactly once; any number of first batches is a fair sample."""
-        batches = HeldOutBatches(self.files, self.seq_len, self.batch_size, self.rank, self.world_size)
+        """Each token of `val_part` as a target exactly once; any number of first batches is a fair sample."""
+        place = self.rank, self.world_size
+        batches = HeldOutBatches(self.files, self.seq_len, self.batch_size, *place, part=self.val_part)
         return DataLoader(batches, **self.loader_options())
 
     test_dataloader = val_dataloader  # there is no third part of the text

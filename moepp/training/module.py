@@ -34,7 +34,7 @@ class OptimConfig:
 
     Args:
         lr: peak learning rate.
-        min_lr: where the cosine ends.
+        min_lr: where the cosine ends; null means at a tenth of `lr`.
         warmup_steps: steps from (almost) 0 to `lr`.
         weight_decay: of matrices alone; gains and constants are not decayed.
         betas: of AdamW.
@@ -43,7 +43,7 @@ class OptimConfig:
     """
 
     lr: float = 5e-4
-    min_lr: float = 5e-5
+    min_lr: float | None = None
     warmup_steps: int = 100
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
@@ -51,10 +51,10 @@ class OptimConfig:
     max_bad_steps: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "eps", "max_bad_steps"):
+        for name in ("lr", "warmup_steps", "weight_decay", "eps", "max_bad_steps"):
             require_sensible(f"optim.{name}", getattr(self, name))
         require(self.lr > 0, "optim.lr", self.lr, "must be positive")
-        require(0 <= self.min_lr <= self.lr, "optim.min_lr", self.min_lr, f"must be between 0 and lr={self.lr}")
+        require(0 <= self.lowest_lr <= self.lr, "optim.min_lr", self.min_lr, f"must be between 0 and lr={self.lr}")
         require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must not be negative")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must not be negative")
         for beta in self.betas:
@@ -62,13 +62,17 @@ class OptimConfig:
         require(self.eps > 0, "optim.eps", self.eps, "must be positive")
         require(self.max_bad_steps >= 1, "optim.max_bad_steps", self.max_bad_steps, "must be at least 1")
 
+    @property
+    def lowest_lr(self) -> float:
+        return self.lr / 10 if self.min_lr is None else self.min_lr
+
     def lr_at(self, step: int, total_steps: int) -> float:
         """Learning rate of optimizer step `step` (from 0) of `total_steps`."""
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, total_steps - 1 - self.warmup_steps)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        return self.min_lr + (self.lr - self.min_lr) * cosine
+        return self.lowest_lr + (self.lr - self.lowest_lr) * cosine
 
 
 class LitMoE(L.LightningModule):

@@ -25,6 +25,7 @@ from moepp.model import InputError, add_zero_computation, count_parameters
 from moepp.study.compare.matrix import Matrix, Run, Start, read_matrix, resolve
 from moepp.study.compare.runs import Workers, execute, visible_gpus
 from moepp.study.compare.speed import step_seconds
+from moepp.study.compare.tune import search
 from moepp.system.files import differences
 from moepp.text.data_module import TokenDataModule
 from moepp.training.checkpoint import checkpoint_of, load, write_checkpoint
@@ -45,8 +46,9 @@ class Options(argparse.ArgumentParser):
         self.add_argument("--matrix", type=Path, required=True, help="the variants: recipes/compare.yaml")
         self.add_argument("--base", type=Path, help="the recipe that variants change, instead of the matrix's")
         self.add_argument("--seeds", type=int, help="train from the seeds 0 … N-1 (default: the matrix's)")
-        self.add_argument("--out", type=Path, help="folder of the study (default: runs/<matrix>[-quick])")
+        self.add_argument("--out", type=Path, help="folder of the study (default: runs/<matrix>[-tune][-quick])")
         self.add_argument("--jobs", type=int, help="runs at once (default: as many as there are GPUs for)")
+        self.add_argument("--tune", action="store_true", help="first search for each variant's own best options")
         self.add_argument("--quick", action="store_true", help="the matrix's small version, for 2 CPU cores")
         self.add_argument("--dry_run", action="store_true", help="list the runs and what they cost, and stop")
 
@@ -57,20 +59,26 @@ class Options(argparse.ArgumentParser):
 def run(verb: str, arguments: list[str]) -> None:
     options, overrides = Options().parse_known_args(arguments)
     contents = read_matrix(options.matrix)
-    if options.quick and "quick" not in contents:
-        raise InputError(f"quick: {options.matrix} has no quick version")
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    settings = {"seeds": 3, "jobs": 1} | contents | (contents["quick"] if options.quick else {}) | given
+    versions = [name for name in ("tune", "quick") if getattr(options, name)]
+    settings = {"seeds": 3, "jobs": 1} | contents
+    for name in versions:
+        if name not in contents:
+            raise InputError(f"{name}: {options.matrix} says nothing of it, as recipes/compare.yaml does")
+        settings |= contents[name]
+    settings |= {name: value for name, value in vars(options).items() if value is not None}
     for name in ("seeds", "jobs"):
         if not isinstance(settings[name], int) or not 1 <= settings[name] <= MOST:
             raise InputError(f"{name}: must be from 1 to {MOST}, got {settings[name]}")
     base = options.base or options.matrix.parent / str(settings.get("base"))
-    out = options.out or Path("runs") / (options.matrix.stem + ("-quick" if options.quick else ""))
+    out = options.out or Path("runs") / "-".join([options.matrix.stem, *versions])
     matrix = resolve(options.matrix, settings, base, overrides, out)
+    to_tune = settings["options"] if options.tune else {}
+    tries = [trial.run for trial in search(matrix, to_tune, out, check).trials]  # as far as is known by now
     runs = matrix.runs(settings["seeds"], out)
-    refuse_changed_options(runs)
+    if not options.tune:
+        refuse_changed_options(runs)
     if options.dry_run:
-        dry_run(matrix, runs)
+        dry_run(matrix, tries + runs)
         return
     gpus = visible_gpus(matrix)
     jobs = len(gpus) // matrix.devices if gpus and options.jobs is None else settings["jobs"]
@@ -83,13 +91,20 @@ def run(verb: str, arguments: list[str]) -> None:
     with locked(out) as lock:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # it stops the runs as Ctrl-C does
         workers = Workers(jobs, matrix.devices, gpus, lock)
+
+        def train(runs: list[Run]) -> None:
+            refuse_changed_options(runs)
+            execute([run for run in runs if not run.finished], workers)
+
+        found = search(matrix, to_tune, out, train)
+        matrix = found.tuned(matrix)
+        runs = matrix.runs(settings["seeds"], out)
         if matrix.start is not None:
-            starts = [matrix.start.run(seed) for seed in range(settings["seeds"])]
-            execute([run for run in starts if not run.finished], workers)
+            train([matrix.start.run(seed) for seed in range(settings["seeds"])])
             convert(matrix.start, [run for run in runs if not run.finished])
-        execute([run for run in runs if not run.finished], workers)
+        train(runs)
         torch.set_num_threads(workers.threads)  # the speeds in the report are measured as the runs were trained
-        failed = report.write(matrix, runs, out, command=shlex.join(["moepp", verb, *arguments]))
+        failed = report.write(matrix, runs, found, out, command=shlex.join(["moepp", verb, *arguments]))
     if failed:
         print(f"moepp {verb}: {failed} of {len(runs)} runs failed; {out / 'report'} says why", file=sys.stderr)
         raise SystemExit(1)
@@ -105,6 +120,17 @@ def convert(start: Start, runs: list[Run]) -> None:
             model = add_zero_computation(loaded.model, *added, noise=run.variant.noise, seed=run.seed)
             path = start.checkpoint(run.seed, run.variant.name)
             write_checkpoint(path, checkpoint_of(model, *loaded.origin))
+
+
+def check(tries: list[Run]) -> None:
+    """That all values can be tried.
+
+    Raises:
+        InputError: one cannot, or a run's folder was made with other options.
+    """
+    for run in tries:
+        _ = run.variant.transformer, run.variant.moe
+    refuse_changed_options(tries)
 
 
 def refuse_changed_options(runs: list[Run]) -> None:
@@ -147,7 +173,7 @@ def dry_run(matrix: Matrix, runs: list[Run]) -> None:
     for title in ("to run", "finished", "parameters", "active/token", "tokens", "FLOPs/run", "time/run"):
         table.add_column(title, justify="right", no_wrap=True)
     for variant in matrix.variants:
-        done = [run.finished for run in runs if run.variant is variant]
+        done = [run.finished for run in runs if run.variant.name == variant.name]
         parameters, flops = count_parameters(variant.transformer, variant.moe), variant.training_flops()
         active = parameters.active(variant.moe.expected_ffn_per_token)
         millions = (f"{number / 1e6:.2f}M" for number in (parameters.total, active, variant.tokens))

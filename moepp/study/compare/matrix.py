@@ -2,8 +2,9 @@
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,16 @@ TYPES = {
     "seeds": int,
     "quick": dict,
     "sources": dict,
+    "tune": dict,
     "variants": dict,
 }
-STUDY_KEYS = {"paper", "plots", "ffn_width", "noise"}  # of a variant; all its other keys are options of the run
+STUDY_KEYS = {
+    "paper",
+    "plots",
+    "ffn_width",
+    "noise",
+    "flops_of",
+}  # of a variant; all its other keys are options of the run
 
 
 @dataclass(frozen=True)
@@ -34,15 +42,23 @@ class Variant:
     """One row of a study: a configuration and what the paper says of it."""
 
     name: str
-    resolve: Callable[[int], dict[str, Any]]  # seed → all options of `moepp fit`, as in a recipe
+    resolve: Callable[[int, dict[str, Any]], dict[str, Any]]  # seed, `further` → all options of `moepp fit`
     paper: dict[str, dict[str, float]] = field(default_factory=dict)  # quantity → model size → value
     plots: tuple[str, ...] = ()
     noise: float = 0.1  # of rows that conversion adds to the router (model/conversion.py)
+    further: dict[str, Any] = field(default_factory=dict)  # options that come last: {"model.optim.lr": 0.003}
+
+    def options_of(self, seed: int) -> dict[str, Any]:
+        """Of the run of that seed, as in a recipe."""
+        return self.resolve(seed, self.further)
 
     @cached_property
     def options(self) -> dict[str, Any]:
         """Of seed 0: the seed aside, those of every run."""
-        return self.resolve(0)
+        return self.options_of(0)
+
+    def with_options(self, further: dict[str, Any]) -> "Variant":
+        return replace(self, further=self.further | further)
 
     @property
     def transformer(self) -> TransformerConfig:
@@ -86,12 +102,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.variant.name}/seed{self.seed}"
+        return f"{self.folder.parent.name}/{self.folder.name}"
 
     @property
     def options(self) -> dict[str, Any]:
         """The recipe of this run, resolved from the files as they are now: nothing in it is left to look up."""
-        return self.variant.resolve(self.seed)
+        return self.variant.options_of(self.seed)
 
     @property
     def finished(self) -> bool:
@@ -170,11 +186,21 @@ def read_matrix(path: Path) -> dict[str, Any]:
             if plot not in PLOTS:
                 raise InputError(f"{where} no plot {plot!r}: use {', '.join(PLOTS)}")
         require_type(entry.get("noise", 0.0), (int, float), f"{where} noise")
+        if entry.get("flops_of", name) not in matrix["variants"]:
+            raise InputError(f"{where} flops_of: {entry['flops_of']!r} is none of the variants")
         if require_type(entry.get("ffn_width", 1), int, f"{where} ffn_width") < 1:
             raise InputError(f"{where} ffn_width: must be at least 1")
         for quantity, figures in require_type(entry.get("paper", {}), dict, f"{where} paper").items():
             for figure in require_type(figures, dict, f"{where} paper.{quantity}").values():
                 require_type(figure, (int, float), f"{where} paper.{quantity}")
+    if "tune" in matrix:
+        options = require_type(matrix["tune"].get("options"), dict, f"{path}: tune.options")
+        for option, values in options.items():
+            numbers = require_type(values, list, f"{path}: tune.options: {option}")
+            if not isinstance(option, str) or not numbers or not all(type(n) in (int, float) for n in numbers):
+                raise InputError(f"{path}: tune.options: {option}: is no option with a list of numbers")
+        if "start" in matrix:
+            raise InputError(f"{path}: tune: a study that goes on from trained models has nothing to tune them by")
     return matrix
 
 
@@ -207,16 +233,27 @@ def resolve(path: Path, matrix: dict[str, Any], base: Path, overrides: list[str]
             _ = variant.transformer, variant.moe  # their constructors refuse impossible values
         except InputError as error:
             raise InputError(f"{path}: variant {name}: {error}") from error
-        for other in variants.values():
-            if other.options == variant.options:
-                raise InputError(f"{path}: variants {other.name} and {name} are the same configuration")
         variants[name] = variant
+    for name, entry in matrix["variants"].items():
+        if "flops_of" in entry:
+            other, own = variants[entry["flops_of"]], variants[name]
+            steps = round(own.steps * other.training_flops() / own.training_flops())
+            variants[name] = own.with_options({"trainer.max_steps": max(1, steps)})
+    for one, two in combinations(variants.values(), 2):
+        if one.options == two.options:
+            raise InputError(f"{path}: variants {one.name} and {two.name} are the same configuration")
     reference = variants[matrix["reference"]]
     return Matrix(path, list(variants.values()), reference, matrix.get("sources", {}), start)
 
 
 def fit_options(
-    base: Path, overrides: list[str], entry: dict[str, Any], start: Start | None, name: str, seed: int
+    base: Path,
+    overrides: list[str],
+    entry: dict[str, Any],
+    start: Start | None,
+    name: str,
+    seed: int,
+    further: dict[str, Any],
 ) -> dict[str, Any]:
     """What `moepp fit` would run with for a matrix's `entry` of that name; later arguments win."""
     if not base.is_file():
@@ -224,8 +261,8 @@ def fit_options(
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "variant.yaml"
         recipe.write_text(yaml.safe_dump({key: value for key, value in entry.items() if key not in STUDY_KEYS}))
-        arguments = ["--config", str(base), *overrides, "--config", str(recipe), f"--seed_everything={seed}"]
-        options = lightning_cli.resolve(arguments)
+        last = [f"--{option}={value}" for option, value in {**further, "seed_everything": seed}.items()]
+        options = lightning_cli.resolve(["--config", str(base), *overrides, "--config", str(recipe), *last])
     del options["base"]  # resolved
     trainer = options["trainer"]
     for key, section in (("ckpt_path", options), ("trainer.default_root_dir", trainer)):

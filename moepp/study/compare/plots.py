@@ -131,3 +131,24 @@ def tau(results: Results) -> plt.Figure | None:
     axes.set(xlabel="τ", ylabel="expert-forward speed-up over vanilla")
     axes.legend()
     return figure
+
+
+def tune(results: Results) -> plt.Figure | None:
+    """Loss against each option that was searched over, by variant: the best with each of its values."""
+    trials = results.trials
+    options = [name for name in trials.columns if "." in name]
+    if not options:
+        return None
+    figure, panels = plt.subplots(1, len(options), figsize=(5 * len(options), 4), sharey=True, squeeze=False)
+    for axes, option in zip(panels[0], options, strict=True):
+        for colour, (name, tried) in zip(cycle(COLOURS), trials.groupby("variant", sort=False), strict=False):
+            chosen = tried[tried.chosen].iloc[0]
+            axes.plot(tried.groupby(option)["loss"].min(), color=colour, marker="o", markersize=4, label=name)
+            axes.plot(chosen[option], chosen.loss, color=colour, marker="*", markersize=13)
+        axes.set_xscale("log")
+        axes.set_xticks(values := sorted(trials[option].unique()), [f"{value:g}" for value in values])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel(option)
+    panels[0, 0].set_ylabel("loss on the text chosen by (nats per token)")
+    panels[0, 0].legend(title="★: chosen")
+    return figure

@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,25 @@ from rich.markdown import Markdown
 from moepp.study.compare import plots, speed
 from moepp.study.compare.matrix import Matrix, Run
 from moepp.study.compare.results import PAIRED, REFERENCE, Results, read_results
+from moepp.study.compare.tune import Search
 from moepp.study.style import STYLE, save
 from moepp.training.metrics import BITS, FINAL
 
-PLOTS = (plots.differences, plots.curves, plots.constants, plots.tau, plots.compute)
+PLOTS = (plots.differences, plots.curves, plots.constants, plots.tau, plots.compute, plots.tune)
 Row = dict[str, Any]  # of `Results.variants`
 
 
-def write(matrix: Matrix, runs: list[Run], out: Path, command: str) -> int:
+def write(matrix: Matrix, runs: list[Run], search: Search, out: Path, command: str) -> int:
     """Write `out`/report, print what it says on quality, and return how many runs have failed."""
     folder = out / "report"
     folder.mkdir(exist_ok=True)
-    results = read_results(matrix, runs, speed.measure(matrix, runs))
+    results = read_results(matrix, runs, search, speed.measure(matrix, runs))
     failed = [run for run in runs if run.failure]
     results.variants.to_csv(folder / "results.csv", lineterminator="\r\n")
     results.runs.filter(regex=f"^(training_flops$|{FINAL})").to_csv(folder / "runs.csv", lineterminator="\r\n")
-    text = markdown(results, runs, failed, draw(results, folder), command)
+    if search.trials:
+        results.trials.to_csv(folder / "tune.csv", index=False, lineterminator="\r\n")
+    text = markdown(results, runs, search, failed, draw(results, folder), command)
     (folder / "report.md").write_text(text)
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(Markdown(text.partition("\n## Cost")[0]))
@@ -48,7 +52,9 @@ def draw(results: Results, folder: Path) -> list[str]:
     return drawn
 
 
-def markdown(results: Results, runs: list[Run], failed: list[Run], pictures: list[str], command: str) -> str:
+def markdown(
+    results: Results, runs: list[Run], search: Search, failed: list[Run], pictures: list[str], command: str
+) -> str:
     """The report as text. Its words stand in report.md.jinja."""
 
     def of_the_runs(template: str) -> str:
@@ -61,6 +67,8 @@ def markdown(results: Results, runs: list[Run], failed: list[Run], pictures: lis
         matrix=results.matrix,
         reference=results.matrix.reference.name,
         rows=rows,
+        trials=results.trials.to_dict("records"),
+        tuned=list(search.trials[0].values) if search.trials else [],
         domains=[name.removeprefix(f"{FINAL}{BITS}/") for name in results.runs.filter(like=f"{FINAL}{BITS}/")],
         n_seeds=len({run.seed for run in runs}),
         n_intervals=sum(not math.isnan(row["loss_difference_low"]) for row in rows),
@@ -72,6 +80,7 @@ def markdown(results: Results, runs: list[Run], failed: list[Run], pictures: lis
         difference=difference,
         speed_up=speed_up,
         paper=paper,
+        duration=duration,
     )
     return re.sub(r"\n{3,}", "\n\n", text.strip()) + "\n"  # what is left out leaves empty lines
 
@@ -88,6 +97,10 @@ def difference(row: Row, metric: str) -> list[str]:
         return ["", "", "", verdict]
     interval = ["–", "–"] if math.isnan(low) else [f"[{low:+.4f}, {high:+.4f}]", f"{p:.2g}"]
     return ["–" if math.isnan(mean) else f"{mean:+.4f}", *interval, verdict]
+
+
+def duration(seconds: float) -> str:
+    return "–" if math.isnan(seconds) else str(timedelta(seconds=round(seconds)))
 
 
 def speed_up(row: Row, part: str) -> list[str]:

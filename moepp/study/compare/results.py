@@ -15,6 +15,7 @@ from scipy import stats
 
 from moepp.model import InputError, TransformerConfig, count_parameters
 from moepp.study.compare.matrix import Matrix, Run, Start, Variant
+from moepp.study.compare.tune import Search
 from moepp.training.metrics import BITS, FFN, FFN_PER_TOKEN, FINAL, LOSS, STEP, TOKENS, VAL
 
 PAIRED = ("", "_low", "_high", "_p", "_verdict")  # of a difference's columns, what stands after `_difference`
@@ -32,12 +33,16 @@ class Results:
         variants: by name, of those with a finished run, in the matrix's order. The columns that begin with `speed`
             are timings, and stand empty or are missing where there are none; all others are the same on every
             repetition.
+        trials: a row for each of the search, if there was one: its variant, values, `loss` on the text chosen by,
+            `training_flops` and `seconds`; whether its variant took them (`chosen`), and which of these are the
+            least or the most that was tried (`at_the_edge`).
     """
 
     matrix: Matrix
     curves: dict[str, Curves]
     runs: pd.DataFrame
     variants: pd.DataFrame
+    trials: pd.DataFrame
 
     def shown_in(self, plot: str) -> pd.DataFrame:
         """The variants that belong in a plot."""
@@ -45,7 +50,7 @@ class Results:
         return self.variants[self.variants.index.isin(names)]
 
 
-def read_results(matrix: Matrix, runs: list[Run], speeds: dict[str, dict[str, float]]) -> Results:
+def read_results(matrix: Matrix, runs: list[Run], search: Search, speeds: dict[str, dict[str, float]]) -> Results:
     """What the finished ones of `runs` left in their folders, compared; with what was timed, by variant."""
     finished = [run for variant in matrix.variants for run in runs if run.variant is variant and run.finished]
     curves: dict[str, Curves] = {variant.name: {} for variant in matrix.variants}
@@ -61,7 +66,26 @@ def read_results(matrix: Matrix, runs: list[Run], speeds: dict[str, dict[str, fl
         for variant in matrix.variants
         if curves[variant.name]
     ]
-    return Results(matrix, curves, by_run, pd.DataFrame(rows, index=by_run.index.unique("variant")))
+    by_variant = pd.DataFrame(rows, index=by_run.index.unique("variant"))
+    return Results(matrix, curves, by_run, by_variant, read_trials(search))
+
+
+def read_trials(search: Search) -> pd.DataFrame:
+    """See `Results.trials`."""
+    rows = []
+    for trial in search.trials:
+        name = trial.variant.name
+        row = {"variant": name, **trial.values, "loss": trial.loss, "chosen": trial is search.best[name]}
+        tried = [other.values for other in search.trials if other.variant is trial.variant]
+        for option, value in trial.values.items() if row["chosen"] else ():
+            of_option = {values[option] for values in tried}
+            if len(of_option) > 1 and value in (min(of_option), max(of_option)):
+                row["at_the_edge"] = f"{row.get('at_the_edge', '')} {option}".strip()
+        if trial.run.finished:
+            row["training_flops"] = read_curve(trial.run)[1]
+            row["seconds"] = json.loads((trial.run.folder / "result.json").read_text())["seconds"]
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def read_curve(run: Run) -> tuple[pd.DataFrame, float]:

@@ -56,12 +56,15 @@ def test_variants_differ_in_the_moe_alone_and_have_vanillas_parameters(ablate: M
 
 def test_compare_is_vanilla_against_the_recipe_with_overrides_in_both() -> None:
     matrix = load("compare.yaml", ["--trainer.max_steps=7", "--model.moe.n_ffn=4"])
-    assert [variant.name for variant in matrix.variants] == ["vanilla", "moepp"]
+    vanilla, shorter, moepp = matrix.variants
+    assert (vanilla.name, shorter.name, moepp.name) == ("vanilla", "vanilla_equal_flops", "moepp")
     for variant in matrix.variants:
-        assert (variant.steps, variant.moe.n_ffn) == (7, 4)
+        assert (variant.steps, variant.moe.n_ffn) == (6 if variant is shorter else 7, 4)
         assert variant.options["data"]["vocab_size"] == 8192
-    changed = {key for key, *_ in differences(*(variant.options for variant in matrix.variants))}
-    assert changed == {f"model.moe.{key}" for key in ("n_zero", "n_copy", "n_const", "gating_residual")}
+    changed = {key for key, *_ in differences(vanilla.options, moepp.options)}
+    switches = ("n_zero", "n_copy", "n_const", "gating_residual", "ffn_budget")
+    assert changed == {f"model.moe.{key}" for key in switches}
+    assert list(differences(vanilla.options, shorter.options)) == [("trainer.max_steps", 7, 6)]
 
 
 def test_the_seed_reaches_weights_and_data(tmp_path: Path) -> None:
