@@ -16,7 +16,7 @@ DATA_ARG := $(if $(DATA),--data.path='$(DATA)')
 BASE_ARG := $(if $(filter-out file,$(origin RECIPE)),--base=$(RECIPE))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data train compare ablate convert figures eval bench gpu resume generate test soak lint
+.PHONY: help setup data train compare ablate frontier convert figures eval bench gpu resume generate test soak lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ compare: setup ## vanilla MoE against MoE++ over 3 seeds: a table, a report (ARG
 
 ablate: setup ## the same for the paper's ablations
 	$(MOEPP) ablate --matrix recipes/ablate.yaml $(BASE_ARG) $(DATA_ARG) $(ARGS)
+
+frontier: setup ## loss against expert compute: dense, vanilla and MoE++ at four budgets over 3 seeds (ARGS=--quick)
+	$(MOEPP) ablate --matrix recipes/frontier.yaml $(BASE_ARG) $(DATA_ARG) $(ARGS)
 
 convert: setup ## a trained vanilla MoE into MoE++, four ways over 3 seeds: what it costs and saves (ARGS=--quick)
 	$(MOEPP) ablate --matrix recipes/convert.yaml $(DATA_ARG) $(ARGS)

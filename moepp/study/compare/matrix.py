@@ -16,7 +16,7 @@ from moepp.text.tokenizer import padded_vocab_size
 from moepp.training import lightning_cli
 from moepp.training.checkpoint import step_path
 
-PLOTS = ("curves", "tau", "constants", "compute")
+PLOTS = ("curves", "tau", "constants", "compute", "frontier")
 # of a matrix's values
 TYPES = {
     "base": str,
@@ -46,6 +46,7 @@ class Variant:
     paper: dict[str, dict[str, float]] = field(default_factory=dict)  # quantity → model size → value
     plots: tuple[str, ...] = ()
     noise: float = 0.1  # of rows that conversion adds to the router (model/conversion.py)
+    flops_of: str | None = None  # another variant, whose training costs as much
     further: dict[str, Any] = field(default_factory=dict)  # options that come last: {"model.optim.lr": 0.003}
 
     def options_of(self, seed: int) -> dict[str, Any]:
@@ -226,18 +227,16 @@ def resolve(path: Path, matrix: dict[str, Any], base: Path, overrides: list[str]
     variants: dict[str, Variant] = {}
     for name, entry in matrix["variants"].items():
         options = partial(fit_options, base, overrides, entry, start, name)
-        variant = Variant(
-            name, options, entry.get("paper", {}), tuple(entry.get("plots", ())), entry.get("noise", 0.1)
-        )
+        plots, paper = tuple(entry.get("plots", ())), entry.get("paper", {})
+        variant = Variant(name, options, paper, plots, entry.get("noise", 0.1), entry.get("flops_of"))
         try:
             _ = variant.transformer, variant.moe  # their constructors refuse impossible values
         except InputError as error:
             raise InputError(f"{path}: variant {name}: {error}") from error
         variants[name] = variant
-    for name, entry in matrix["variants"].items():
-        if "flops_of" in entry:
-            other, own = variants[entry["flops_of"]], variants[name]
-            steps = round(own.steps * other.training_flops() / own.training_flops())
+    for name, own in variants.items():
+        if own.flops_of is not None:
+            steps = round(own.steps * variants[own.flops_of].training_flops() / own.training_flops())
             variants[name] = own.with_options({"trainer.max_steps": max(1, steps)})
     for one, two in combinations(variants.values(), 2):
         if one.options == two.options:

@@ -98,6 +98,35 @@ def compute(results: Results) -> plt.Figure | None:
     return figure
 
 
+def frontier(results: Results) -> plt.Figure | None:
+    """Loss relative to the reference's against what it cost, in three ways. A line joins what has the same name
+    before its first _."""
+    points = results.shown_in("frontier")
+    points = points[points["speed_rounds"] > 0]
+    if len(points) < 2:
+        return None
+    costs = {
+        "ffn_flops_per_token": "FFN FLOPs per token, forward",
+        "training_flops": "training FLOPs in all",
+        "speed_training_time": f"training time over {results.matrix.reference.name}'s (measured)",
+    }
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4.4), sharey=True)
+    for axes, (cost, label) in zip(panels, costs.items(), strict=True):
+        lines = points.sort_values(cost).groupby(lambda name: name.partition("_")[0], sort=False)
+        for colour, (name, line) in zip(cycle(COLOURS), sorted(lines, key=lambda line: line[0]), strict=False):
+            mean = line["loss_difference"].fillna(0.0)  # of the reference itself
+            low, high = (line[f"loss_difference{part}"].fillna(mean) for part in PAIRED[1:3])
+            style: dict[str, Any] = {"color": colour, "marker": "o", "capsize": 3, "label": name}
+            interval_bars(axes, line[cost], mean, low, high, **style)
+        axes.set_xlabel(label)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    panels[0].set_ylabel(
+        f"validation loss minus {results.matrix.reference.name}'s\n(nats per token; lower is better)"
+    )
+    panels[0].legend()
+    return figure
+
+
 def loss_difference(axes: Axes, at: Any, row: pd.Series, horizontal: bool = False) -> None:
     """A variant's, with its interval."""
     mean, low, high, _, verdict = (row[f"loss_difference{part}"] for part in PAIRED)

@@ -19,7 +19,7 @@ from moepp.study.compare.tune import Search
 from moepp.study.style import STYLE, save
 from moepp.training.metrics import BITS, FINAL
 
-PLOTS = (plots.differences, plots.curves, plots.constants, plots.tau, plots.compute, plots.tune)
+PLOTS = (plots.differences, plots.curves, plots.constants, plots.tau, plots.compute, plots.frontier, plots.tune)
 Row = dict[str, Any]  # of `Results.variants`
 
 

@@ -119,7 +119,8 @@ def compare(
 ) -> dict[str, Any]:
     """A variant's row, with `speed` as it was timed."""
     names = runs.index.get_level_values("variant")
-    ours, theirs = (runs[names == side.name].droplevel("variant") for side in (variant, reference))
+    sides = variant.name, reference.name, variant.flops_of
+    ours, theirs, as_dear = (runs[names == name].droplevel("variant") for name in sides)
     if variant is reference:
         theirs = theirs[:0]  # nothing to compare it with
     equal = at_equal_flops(curves[variant.name], curves[reference.name] if len(theirs) else {})
@@ -138,6 +139,8 @@ def compare(
         **difference(LOSS, ours[FINAL + LOSS], theirs[FINAL + LOSS]),
         **equal.mean(),
         **difference("equal_flops_loss", equal["equal_flops_loss"], equal["equal_flops_reference_loss"]),
+        "flops_of": variant.flops_of,
+        **difference("flops_of_loss", as_dear[FINAL + LOSS], ours[FINAL + LOSS]),  # its loss minus this one's
         "speedup_ideal": ideal_flops / ffn_flops(variant.transformer, ffn_expected),
         "speed_rounds": 0,
         **speed,
@@ -149,6 +152,8 @@ def compare(
         row |= {f"{metric}_mean": values.mean(), f"{metric}_sd": values.std()}  # s.d. of a sample: NaN below two
     for quantity, figures in variant.paper.items():
         row |= {f"paper_{quantity}/{size}": figure for size, figure in figures.items()}
+    if speed:
+        row["speed_training_time"] = variant.tokens / reference.tokens / speed["speed_training"]
     if variant is reference:
         row["loss_difference_verdict"] = row["equal_flops_loss_difference_verdict"] = REFERENCE
     return row
