@@ -16,6 +16,7 @@ MATRICES = {
     "compare.yaml",
     "ablate.yaml",
     "convert.yaml",
+    "frontier.yaml",
     "precision.yaml",
 }  # of recipes; tests/study has their tests
 NAMES = sorted({str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml")} - MATRICES)

@@ -12,6 +12,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from moepp.model import InputError, Transformer
+from moepp.study.figures.compute_curve import read_at_budgets
 from moepp.study.figures.findings import Bootstrap, Finding, findings
 from moepp.study.figures.page import page, write_csv, write_pictures
 from moepp.study.figures.parts_of_speech import PartsOfSpeech, fetch_lexicon, token_texts
@@ -72,6 +73,7 @@ def run(verb: str, arguments: list[str]) -> None:
 
     counts = RoutingCounts(model.moe_config, model.config.n_layers, texts_V)
     read_text(text, seq_len, counts, models, parts_of_speech)
+    counts.at_budgets = read_at_budgets(text, int(counts.token_n.sum()), model)
     bootstrap = Bootstrap(counts)
     folder = Path(options.out) if options.out else results_folder(ckpt, "figures")
     folder.mkdir(parents=True, exist_ok=True)

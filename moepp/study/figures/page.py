@@ -9,12 +9,12 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from moepp.study.figures import finding_figures, paper_figures
+from moepp.study.figures import compute_curve, finding_figures, paper_figures
 from moepp.study.figures.findings import FEWEST_PASSAGES, RESAMPLES, Bootstrap
 from moepp.study.figures.picture import Picture, lacking
 from moepp.study.style import STYLE, save
 
-PICTURES = [*paper_figures.PICTURES, *finding_figures.PICTURES]
+PICTURES = [*paper_figures.PICTURES, compute_curve.compute, *finding_figures.PICTURES]
 
 
 def write_pictures(

@@ -47,6 +47,7 @@ def lacking(measured: Bootstrap) -> dict[str, str]:
         "domains": (len(counts.domains) > 1, "there is one domain only"),
         "layers": (counts.n_layers > 1, "there is one layer only"),
         "tokens": (len(counts.frequent_tokens), f"no token occurs {MIN_COUNT} times"),
+        "budgets": (counts.at_budgets is not None, "it was trained without a budget (model.moe.ffn_budget)"),
         "words": (measured.sums.class_n_DC.any(), "no word was tagged"),
     }
     return {need: why for need, (there, why) in needs.items() if not there}

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy.special import entr
 
 from moepp.model import MoEConfig
@@ -90,6 +91,7 @@ class RoutingCounts:
         passage: token ids (S,) and FFN counts (S, L) of the text's beginning.
         scores_LRX: by model, this one first: tokens whose highest and second-highest routing probability
             (figure 6) are in each of X bins of equal width from 0 to 1. R is 2, or 1 with one expert.
+        at_budgets: loss against compute (compute_curve.py), of a model with a budget.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class RoutingCounts:
         self.token_n, self.token_ffn, self.token_ffn_squared = np.zeros((3, len(texts_V)), np.int64)
         self.flow_Lkk = np.zeros((n_layers - 1, len(self.kinds), len(self.kinds)), np.int64)
         self.scores_LRX: dict[str, np.ndarray] = {}
+        self.at_budgets: pd.DataFrame | None = None
 
     @property
     def domains(self) -> list[str]:

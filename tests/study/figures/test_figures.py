@@ -25,7 +25,7 @@ from tests.training.test_bad_input import refused
 
 PICTURES = {
     *("load", "tokens", "parts_of_speech", "passage", "scores", "pathway"),
-    *("finding1_correlation", "finding2_spread", "finding4_activations", "finding5_divergence"),
+    *("compute", "finding1_correlation", "finding2_spread", "finding4_activations", "finding5_divergence"),
 }
 
 
@@ -43,8 +43,13 @@ def trained(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         wheel.writestr("textblob/en/en-lexicon.txt", LEXICON)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for recipe in ("moepp", "vanilla"):
-            options = [*tiny(Path("text"), f"{recipe}.yaml"), "--trainer.max_steps=4", "--data.val_fraction=0.3"]
+        for recipe, more in (("moepp", ["--model.moe.ffn_budget=1.2"]), ("vanilla", [])):
+            options = [
+                *tiny(Path("text"), f"{recipe}.yaml"),
+                "--trainer.max_steps=4",
+                "--data.val_fraction=0.3",
+                *more,
+            ]
             assert main(["fit", *options]) == 0
     return folder
 
@@ -113,6 +118,38 @@ def test_figures_are_of_all_held_out_text(there: Path, drawn: Path) -> None:
     assert names == {CKPT.removeprefix("--ckpt="), VANILLA}
 
 
+def test_loss_at_other_budgets_is_the_models_own(there: Path, drawn: Path) -> None:
+    """Against the model itself, given each budget by hand."""
+    model = load(there / "runs/moepp/1/checkpoints/step-00000004.ckpt").model
+    (prepared,) = there.glob("data/prepared/text*")
+    files = TokenFiles.open(prepared)
+    windows = [
+        torch.from_numpy(files.val[at : min(at + 32, end - 1)].astype(np.int64))[None]
+        for start, end in files.val_ranges
+        for at in range(start - 1, end - 1, 32)
+    ]
+    rows = read(drawn / "compute.csv")
+    assert [row["budget"] for row in rows if row["trained"] == "True"] == ["1.2"]
+    for row in rows:
+        model.set_ffn_budget(float(row["budget"]))
+        nats, ffn = [], []
+        with torch.inference_mode():
+            for tokens in windows:
+                output = model(tokens[:, :-1])
+                nats.append(torch.nn.functional.cross_entropy(output.logits[0], tokens[0, 1:], reduction="none"))
+                ffn += [(routing.experts < 8).sum(1).double() for routing in output.routings]
+        assert float(row["loss"]) == pytest.approx(float(torch.cat(nats).mean()), rel=1e-4)
+        assert float(row["ffn_per_token"]) == pytest.approx(float(torch.cat(ffn).mean()), rel=1e-4)
+        assert (
+            float(row["loss_difference_low"])
+            <= float(row["loss_difference"])
+            <= float(row["loss_difference_high"])
+        )
+    shares = [float(row["ffn_per_token"]) for row in rows]
+    assert shares == sorted(shares)
+    assert shares[-1] > shares[0] + 0.5
+
+
 def test_each_checkpoint_is_read_once(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = []
     read_checkpoint = checkpoint.read_checkpoint
@@ -153,6 +190,7 @@ def test_what_vanilla_has_is_drawn_and_the_rest_is_named(there: Path, capsys: py
     assert {path.stem for path in Path("vanilla").glob("*.png")} == drawn
     assert [row["number"] for row in read(Path("vanilla/findings.csv"))] == ["5"]
     printed = " ".join(capsys.readouterr().out.split())
+    assert "not drawn: compute: it was trained without a budget" in printed
     for what in ("tokens", "parts_of_speech", "finding1_correlation", "pathway"):
         assert f"not drawn: {what}: vanilla MoE has FFN experts alone" in printed
 

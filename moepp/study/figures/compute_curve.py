@@ -1,0 +1,79 @@
+"""Loss against compute from one checkpoint: a text read again at other budgets than the model was trained with."""
+
+from itertools import islice
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from rich.progress import track
+
+from moepp.model import Transformer, nll_by_token
+from moepp.study.figures.findings import Bootstrap, Estimate
+from moepp.study.figures.picture import PER_TOKEN, Drawn, picture, whiskers
+from moepp.study.style import BLUE, ORANGE
+from moepp.text.held_out import HeldOut
+
+BUDGETS = 9
+MOST_TOKENS = 1 << 16  # of the text: it is read once for every budget
+
+
+@torch.inference_mode()
+def read_at_budgets(text: HeldOut, n_tokens: int, model: Transformer) -> pd.DataFrame | None:
+    """A row for each budget: `budget`; `ffn_per_token`, as measured; `loss`, the mean over the tokens of equally
+    spaced windows, but for their first; `loss_difference` to the budget of the training, with its 95 % interval
+    over windows; `trained`, whether it is that budget. None where the model has none.
+
+    Args:
+        n_tokens: of the text.
+    """
+    moe = model.moe_config
+    if moe.ffn_budget is None or model.budget is None or model.budget.seen == 0:
+        return None
+    stride = -(-n_tokens // MOST_TOKENS)
+    fewest, most = moe.ffn_range
+    budgets = np.sort(np.append(np.linspace(fewest, most, BUDGETS + 2)[1:-1], moe.ffn_budget))
+    rows, nats = [], []
+    for budget in track(budgets, "reading text at other budgets"):
+        model.set_ffn_budget(float(budget))
+        windows = [window(tokens_S, model) for _, tokens_S in islice(text.windows(), 0, None, stride)]
+        nats_W, ffn_W, n_W = np.array(windows).T
+        rows.append({"budget": budget, "ffn_per_token": ffn_W.sum() / n_W.sum(), "loss": nats_W.sum() / n_W.sum()})
+        nats.append(nats_W)
+    model.set_ffn_budget(moe.ffn_budget)
+    table = pd.DataFrame(rows)
+    trained = table.budget == moe.ffn_budget
+    above_XW = np.array(nats) - nats[int(np.argmax(trained))]
+    half_X = 1.96 * above_XW.std(1, ddof=1) * np.sqrt(len(n_W)) / n_W.sum()
+    mean_X = above_XW.sum(1) / n_W.sum()
+    columns = Estimate(mean_X, mean_X - half_X, mean_X + half_X).columns("loss_difference")
+    return table.assign(**columns, trained=trained)
+
+
+def window(tokens_S: np.ndarray, model: Transformer) -> tuple[float, float, int]:
+    """Of the tokens after the first: nats, FFN experts (mean over layers), how many they are."""
+    tokens_1S = torch.from_numpy(tokens_S)[None].to(model.head.weight.device)
+    hidden_1SD, routings = model.hidden(tokens_1S[:, :-1])
+    nats_S = nll_by_token(hidden_1SD[0], model.head.weight, tokens_1S[0, 1:])
+    ffn = sum(routing.computed().sum().item() for routing in routings) / len(routings)
+    return nats_S.sum().item(), ffn, len(nats_S)
+
+
+@picture("Loss against compute, from one checkpoint", "budgets")
+def compute(measured: Bootstrap) -> Drawn:
+    table = measured.counts.at_budgets
+    assert table is not None
+    trained = table[table.trained].iloc[0]
+    least, most = table.iloc[0], table.iloc[-1]
+    sentence = (
+        f"Trained at {trained.budget:.2f} FFN experts per token, where its loss is {trained.loss:.3f}. Given "
+        f"{least.ffn_per_token:.2f}, the loss changes by {least.loss_difference:+.3f}; given "
+        f"{most.ffn_per_token:.2f}, by {most.loss_difference:+.3f}. Intervals: 95 %, over sequences."
+    )
+    figure, axes = plt.subplots(figsize=(6.5, 4))
+    difference = Estimate(*(table[f"loss_difference{part}"].to_numpy() for part in ("", "_low", "_high")))
+    whiskers(axes, table.ffn_per_token, difference, fmt="o-", color=BLUE)
+    axes.plot(trained.ffn_per_token, 0, marker="*", markersize=14, color=ORANGE, zorder=5, label="as trained")
+    axes.set(xlabel=f"{PER_TOKEN}, measured", ylabel="loss minus the loss as trained\n(nats per token)")
+    axes.legend()
+    return table, sentence, figure
