@@ -95,6 +95,24 @@ def test_validation_has_every_token_as_a_target_once(folder: str, seq_len: int, 
     assert sum(seen.values()) == len(val) - 1
 
 
+def test_the_halves_of_the_held_out_text_share_no_document(folder: str) -> None:
+    files = TokenFiles.open(folder)
+    whole, tune, report = (held_out_windows(files, S, part) for part in ("all", "tune", "report"))
+    targets = [
+        {(domain, start + 1 + i) for start, count, domain in windows.tolist() for i in range(count)}
+        for windows in (whole, tune, report)
+    ]
+    assert targets[1] | targets[2] == targets[0]
+    assert not targets[1] & targets[2]
+    for domain, (begin, end) in enumerate(files.val_ranges):
+        first = min(at for d, at in targets[2] if d == domain)
+        documents = int((files.val[begin:end] == files.end_of_text).sum())
+        assert documents == 1 or files.val[first - 1] == files.end_of_text  # the cut is between documents
+        assert begin < first < end
+    batches = HeldOutBatches(files, S, B, part="report")
+    assert sum(int((batches[n]["targets"] != IGNORE).sum()) for n in range(len(batches))) == len(targets[2])
+
+
 def test_bytes_of_validation_targets_are_the_bytes_of_the_documents(folder: str) -> None:
     """What bits per byte divides by."""
     files = TokenFiles.open(folder)

@@ -20,6 +20,11 @@ def test_learning_rate_warms_up_and_follows_a_cosine() -> None:
     assert all(a >= b for a, b in pairwise(rates[4:]))
 
 
+def test_without_a_lowest_rate_the_cosine_ends_at_a_tenth() -> None:
+    optim = OptimConfig(lr=0.5, warmup_steps=0)
+    assert optim.lr_at(9, total_steps=10) == pytest.approx(0.05)
+
+
 def test_only_matrices_are_decayed() -> None:
     module = LitMoE(TransformerConfig(64, 2, 16, 24, 2), MoEConfig())
     module._trainer = type("Trainer", (), {"precision": "32-true", "estimated_stepping_batches": 10})()

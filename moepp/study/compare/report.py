@@ -68,6 +68,7 @@ def markdown(
         reference=results.matrix.reference.name,
         rows=rows,
         trials=results.trials.to_dict("records"),
+        tuning=results.trials.sum(numeric_only=True),
         tuned=list(search.trials[0].values) if search.trials else [],
         domains=[name.removeprefix(f"{FINAL}{BITS}/") for name in results.runs.filter(like=f"{FINAL}{BITS}/")],
         n_seeds=len({run.seed for run in runs}),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,20 +10,22 @@ import pandas as pd
 import pytest
 
 from moepp.model import InputError
+from moepp.study.compare import plots
 from moepp.study.compare.matrix import Matrix, Run, Variant
 from moepp.study.compare.report import markdown
 from moepp.study.compare.results import Results, at_equal_flops, difference, read_curve, read_results
+from moepp.study.compare.tune import Search
 
 # D = 4, H = 8, L = 1, V = 320, S = 6, one head; F FFN experts and no others
 SIZES = {"n_layers": 1, "hidden_size": 4, "intermediate_size": 8, "n_heads": 1, "context_length": 6}
 VANILLA = {"n_ffn": 2, "n_zero": 0, "n_copy": 0, "n_const": 0, "gating_residual": False}
 
 
-def variant(name: str, moe: dict) -> Variant:
+def variant(name: str, moe: dict, flops_of: str | None = None) -> Variant:
     data = {"path": "x.txt", "vocab_size": 320, "seq_len": 6, "batch_size": 5}
     trainer = {"max_steps": 4, "accumulate_grad_batches": 1, "devices": 1}
     options = {"model": {"transformer": SIZES, "moe": moe}, "data": data, "trainer": trainer}
-    return Variant(name, lambda seed: options)
+    return Variant(name, lambda seed, further: options, flops_of=flops_of)
 
 
 def write_run(run: Run, final_loss: float, ffn: float, losses: tuple[float, float]) -> Run:
@@ -90,7 +93,7 @@ def results_of(tmp_path: Path, losses: dict[str, list[float]]) -> tuple[Results,
         for v in variants
         for seed, loss in enumerate(losses[v.name])
     ]
-    return read_results(Matrix(Path("m.yaml"), variants, variants[0], {}), runs, {}), runs
+    return read_results(Matrix(Path("m.yaml"), variants, variants[0], {}), runs, Search([], {}), {}), runs
 
 
 def test_means_and_deviations_over_seeds(tmp_path: Path) -> None:
@@ -118,7 +121,7 @@ def test_the_report_takes_sides_only_where_the_interval_excludes_zero(tmp_path: 
         "unclear": "no difference shown",
         "once": "no interval: needs 2 seeds or more",
     }
-    text = markdown(results, runs, [], [], "moepp ablate")
+    text = markdown(results, runs, Search([], {}), [], [], "moepp ablate")
     quality = text.split("## Quality at equal training FLOPs")[0]
     assert quality.count("better") == 1
     assert "| vanilla | 3 | 5.1000 ± 0.1000 | 2.5500 ± 0.0500 |  |  |  | reference |" in quality
@@ -129,6 +132,52 @@ def test_the_report_takes_sides_only_where_the_interval_excludes_zero(tmp_path: 
     assert "| prose |" in text
     assert "Not measured: vanilla has no finished run with a checkpoint." in text
     assert "\n\n\n" not in text
+
+
+def test_a_strict_comparison_is_of_the_two_that_cost_the_same(tmp_path: Path) -> None:
+    variants = [
+        variant("vanilla", VANILLA),
+        variant("fewer", VANILLA, flops_of="cheap"),
+        variant("cheap", VANILLA),
+    ]
+    losses = {"vanilla": [5.0, 5.2], "fewer": [5.3, 5.4], "cheap": [5.1, 5.3]}
+    runs = [
+        write_run(Run(v, seed, tmp_path / v.name / str(seed)), loss, 2.0, (loss + 1, loss))
+        for v in variants
+        for seed, loss in enumerate(losses[v.name])
+    ]
+    results = read_results(Matrix(Path("m.yaml"), variants, variants[0], {}), runs, Search([], {}), {})
+    assert results.variants["flops_of_loss_difference"].dropna().to_dict() == {"fewer": pytest.approx(-0.15)}
+    text = markdown(results, runs, Search([], {}), [], [], "moepp ablate")
+    # differences −0.2 and −0.1: half the interval is 12.7062 · 0.05
+    assert "| cheap | 1.13e+06 | fewer | 1.13e+06 | -0.1500 | [-0.7853, +0.4853] |" in text
+    read_off = text.split("read off the curves of the runs above")[1].split("## Cost")[0]
+    assert "| cheap |" in read_off
+    assert "| fewer |" not in read_off
+
+
+def test_the_frontier_is_drawn_over_what_was_measured(tmp_path: Path) -> None:
+    names = ["vanilla_1", "vanilla_2", "moepp_0.4"]
+    variants = [replace(variant(name, VANILLA), plots=("frontier",)) for name in names]
+    runs = [
+        write_run(Run(v, seed, tmp_path / v.name / str(seed)), 5.0 - n + 0.1 * seed * n, 1.0 + n, (6.0, 5.0))
+        for n, v in enumerate(variants)
+        for seed in range(2)
+    ]
+    timed = {
+        name: {"speed_rounds": 5, "speed_training": speed} for name, speed in zip(names, (1, 2, 4), strict=True)
+    }
+    matrix = Matrix(Path("m.yaml"), variants, variants[1], {})
+    results = read_results(matrix, runs, Search([], {}), timed)
+    assert list(results.variants["speed_training_time"]) == [1.0, 0.5, 0.25]
+    figure = plots.frontier(results)
+    assert figure is not None
+    by_flops, _, by_time = figure.axes
+    assert by_flops.get_legend_handles_labels()[1] == ["moepp", "vanilla"]
+    (moepp, *_), (vanilla, *_) = by_time.containers
+    assert moepp.get_xydata().tolist() == [[0.25, pytest.approx(-0.95)]]
+    assert vanilla.get_xydata().tolist() == [[0.5, 0.0], [1.0, pytest.approx(0.95)]]
+    assert plots.frontier(read_results(matrix, runs, Search([], {}), {})) is None
 
 
 # ---- differences against values worked out by hand ---------------------------------------------------------
