@@ -139,7 +139,7 @@ def compare(
         **difference(LOSS, ours[FINAL + LOSS], theirs[FINAL + LOSS]),
         **equal.mean(),
         **difference("equal_flops_loss", equal["equal_flops_loss"], equal["equal_flops_reference_loss"]),
-        "flops_of": variant.flops_of,
+        "flops_of": variant.flops_of or "",
         **difference("flops_of_loss", as_dear[FINAL + LOSS], ours[FINAL + LOSS]),  # its loss minus this one's
         "speedup_ideal": ideal_flops / ffn_flops(variant.transformer, ffn_expected),
         "speed_rounds": 0,
