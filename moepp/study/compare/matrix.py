@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -15,6 +16,7 @@ from moepp.system.files import read_yaml
 from moepp.text.tokenizer import padded_vocab_size
 from moepp.training import lightning_cli
 from moepp.training.checkpoint import step_path
+from moepp.training.start import BudgetConfig
 
 PLOTS = ("curves", "tau", "constants", "compute", "frontier")
 # of a matrix's values
@@ -90,7 +92,9 @@ class Variant:
 
     def training_flops(self) -> float:
         """Of one run, with the FFN experts per token that theory expects."""
-        return self.tokens * self.training_flops_per_token(self.moe.expected_ffn_per_token)
+        budget, end = BudgetConfig(**self.options["model"]["budget"]), self.moe.expected_ffn_per_token
+        ffn_per_token = fmean(budget.at(step, self.steps, end) for step in range(self.steps))
+        return self.tokens * self.training_flops_per_token(ffn_per_token)
 
 
 @dataclass(frozen=True)

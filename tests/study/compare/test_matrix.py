@@ -67,6 +67,15 @@ def test_compare_is_vanilla_against_the_recipe_with_overrides_in_both() -> None:
     assert list(differences(vanilla.options, shorter.options)) == [("trainer.max_steps", 7, 6)]
 
 
+def test_a_scheduled_budget_costs_what_it_is_on_the_way() -> None:
+    variants = {variant.name: variant for variant in load("frontier.yaml", ["--trainer.max_steps=4"]).variants}
+    scheduled, held, longer = (variants[name] for name in ("schedule_0.8", "moepp_0.8", "longer_0.8"))
+    # two steps from 1.9 on the way to 0.8, then two of 0.8
+    mean = (1.9 + 1.35 + 0.8 + 0.8) / 4
+    assert scheduled.training_flops() == pytest.approx(4 * 2048 * held.training_flops_per_token(mean))
+    assert longer.steps == round(4 * scheduled.training_flops() / held.training_flops())
+
+
 def test_the_seed_reaches_weights_and_data(tmp_path: Path) -> None:
     run = load("compare.yaml").runs(3, tmp_path)[-1]
     assert run.name == "moepp/seed2"
