@@ -68,12 +68,12 @@ def test_compare_is_vanilla_against_the_recipe_with_overrides_in_both() -> None:
 
 
 def test_a_scheduled_budget_costs_what_it_is_on_the_way() -> None:
-    variants = {variant.name: variant for variant in load("frontier.yaml", ["--trainer.max_steps=4"]).variants}
+    variants = {variant.name: variant for variant in load("frontier.yaml", ["--trainer.max_steps=40"]).variants}
     scheduled, held, longer = (variants[name] for name in ("schedule_0.8", "moepp_0.8", "longer_0.8"))
-    # two steps from 1.9 on the way to 0.8, then two of 0.8
-    mean = (1.9 + 1.35 + 0.8 + 0.8) / 4
-    assert scheduled.training_flops() == pytest.approx(4 * 2048 * held.training_flops_per_token(mean))
-    assert longer.steps == round(4 * scheduled.training_flops() / held.training_flops())
+    # twenty steps from 1.9 on the way to 0.8, 9.5 of them on average, then twenty of 0.8
+    mean = (1.9 - 1.1 * 9.5 / 20 + 0.8) / 2
+    assert scheduled.training_flops() == pytest.approx(40 * 2048 * held.training_flops_per_token(mean))
+    assert longer.steps == round(40 * scheduled.training_flops() / held.training_flops())
 
 
 def test_the_seed_reaches_weights_and_data(tmp_path: Path) -> None:
