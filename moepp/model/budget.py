@@ -39,7 +39,8 @@ class Budget(nn.Module):
     """The quantiles of a model's margins over training, and what it owes. Buffers, which checkpoints keep.
 
     What a step spends too much or too little, for a batch is not like the batches before, is a debt that the next
-    step repays, as far as one step can. Its average is what quantiles of the past are off by, which evaluation takes into account as well.
+    step repays, as far as one step can. Its average is what quantiles of the past are off by, which evaluation
+    takes into account as well.
 
     Args:
         moe: with an `ffn_budget`.

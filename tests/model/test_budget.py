@@ -122,7 +122,7 @@ def test_the_average_forgets_and_leaves_out_what_is_not_finite() -> None:
 
 
 def test_no_more_is_owed_than_a_step_can_repay() -> None:
-    """With two of two FFN experts at a budget of 0.2: so much that the next step has none, not the ones after it."""
+    """Nine steps of two FFN experts at a budget of 0.2 cost one step of none, not ninety."""
     moe = MoEConfig(ffn_budget=0.2)
     budget = Budget(moe, [Router(16, moe)])
     dear = routing_of(torch.randn(64, 12) + 9 * (torch.arange(12) < 8), moe)
