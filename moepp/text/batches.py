@@ -2,7 +2,8 @@
 
 The order of training batches needs no state: batch n is a function of the seed and n alone. So it is the same for
 every model that is compared, for any number of workers, and after a resume, where n is the number of batches that
-the restored trainer has already seen.
+the restored trainer has already seen. An epoch is shuffled by a computed permutation (moepp.text.permutation), so
+that a trillion tokens take no memory.
 
 A batch is a dict of `inputs` (B, S) int64, `targets` (B, S) int64, -100 where there is none, and `domain` (B,)
 int64, an index into the token files' domains (-1 in training, where a window may cross domains).
@@ -16,6 +17,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch.utils.data import Dataset, Sampler
 
+from moepp.text.permutation import Permutation
 from moepp.text.token_files import TokenFiles
 
 IGNORE = -100  # a target that is none: what torch's cross-entropy ignores
@@ -35,27 +37,32 @@ class TrainOrder:
         seq_len: S.
         batch_size: sequences in a batch, over all devices.
         seed: of the shuffling.
+        computed: False for the order of runs from before it was computed, which takes 8 bytes a window.
     """
 
-    def __init__(self, n_tokens: int, seq_len: int, batch_size: int, seed: int) -> None:
+    def __init__(self, n_tokens: int, seq_len: int, batch_size: int, seed: int, computed: bool = True) -> None:
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.seed = seed
+        self.computed = computed
         # The cut needs up to S - 1 tokens before the first window. A text of a single window has no such room.
         self.windows = max(1, (n_tokens - seq_len) // seq_len)
         self.phases = min(seq_len, n_tokens - self.windows * seq_len)
         self.batches = self.windows // batch_size  # in an epoch
-        self.epoch = -1  # whose starts are at hand
-        self.starts_W = np.empty(0, np.int64)
+        self.epoch = -1  # whose cut and shuffling are at hand
+        self.phase = 0
+        self.shuffled: Callable[[np.ndarray], np.ndarray]
 
     def __call__(self, n: int) -> list[int]:
         """The first token of each sequence of batch n; counted through all epochs."""
         epoch, batch = divmod(n, self.batches)
         if epoch != self.epoch:
             rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-            self.starts_W = rng.integers(self.phases) + self.seq_len * rng.permutation(self.windows)
-            self.epoch = epoch
-        return self.starts_W[batch * self.batch_size :][: self.batch_size].tolist()
+            self.epoch, self.phase = epoch, int(rng.integers(self.phases))
+            windows = self.windows
+            self.shuffled = Permutation(windows, rng) if self.computed else rng.permutation(windows).__getitem__
+        windows_B = self.shuffled(np.arange(batch * self.batch_size, (batch + 1) * self.batch_size))
+        return (self.phase + self.seq_len * windows_B).tolist()
 
 
 class TrainBatches(Dataset[Batch]):

@@ -64,6 +64,7 @@ class TokenDataModule(L.LightningDataModule):
         self.tokenizer = tokenizer
         self.allow_other_text = allow_other_text
         self.val_part: Part = val_part
+        self.computed_order = True  # False in a run of before, once its checkpoint is restored
         self.files: TokenFiles  # from setup() on
 
     def prepare_data(self) -> None:
@@ -112,7 +113,8 @@ class TokenDataModule(L.LightningDataModule):
         return prepare(self.path, self.vocab_size, self.val_fraction, self.out_root, progress, self.tokenizer)
 
     def order(self) -> TrainOrder:
-        return TrainOrder(len(self.files.train), self.seq_len, self.batch_size * self.world_size, self.seed)
+        batch_size = self.batch_size * self.world_size
+        return TrainOrder(len(self.files.train), self.seq_len, batch_size, self.seed, self.computed_order)
 
     def batches_seen(self) -> int:
         if self.trainer is None:

@@ -1,6 +1,7 @@
 """Token files of made-up text, and what batches of them must be."""
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -62,11 +63,29 @@ def oracle(tokens: np.ndarray, seed: int, n: int, seq_len: int, batch: int) -> t
     windows = len(tokens) // seq_len - 1
     epoch, i = n // (windows // batch), n % (windows // batch)
     rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-    phase = rng.integers(seq_len)
-    order = rng.permutation(windows)
+    phase = int(rng.integers(seq_len))
+    keys = [int(key) for key in rng.integers(1 << 64, size=12, dtype=np.uint64)]
     inputs, targets = [], []
-    for window in order[i * batch : (i + 1) * batch]:
-        start = phase + window * seq_len
+    for index in range(i * batch, (i + 1) * batch):
+        start = phase + permuted(index, windows, keys) * seq_len
         inputs.append([int(tokens[start + j]) for j in range(seq_len)])
         targets.append([int(tokens[start + j + 1]) for j in range(seq_len)])
     return np.array(inputs), np.array(targets)
+
+
+def permuted(index: int, n: int, keys: list[int]) -> int:
+    """Where one index goes in moepp.text.permutation, one number at a time."""
+
+    def mixed(x: int) -> int:
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    a = math.ceil(math.sqrt(n))
+    b = math.ceil(n / a)
+    left, right = index % a, index // a
+    for i in range(0, 12, 2):
+        left = (left + mixed((right + keys[i]) % 2**64)) % a
+        right = (right + mixed((left + keys[i + 1]) % 2**64)) % b
+    moved = left + a * right
+    return moved if moved < n else permuted(moved, n, keys)

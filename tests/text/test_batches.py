@@ -1,5 +1,6 @@
 """Token files → batches: the order, every held-out token once, devices."""
 
+import tracemalloc
 from collections import Counter
 
 import pytest
@@ -37,10 +38,31 @@ def test_order_is_pinned() -> None:
     order = TrainOrder(n_tokens=200, seq_len=10, batch_size=6, seed=3)
     assert (order.windows, order.batches) == (19, 3)
     assert [order(n) for n in (0, 2, 3)] == [
+        [148, 68, 58, 88, 38, 118],
+        [8, 108, 128, 158, 138, 168],
+        [158, 108, 48, 168, 118, 18],
+    ]
+
+
+def test_order_of_runs_of_before_is_pinned() -> None:
+    """Their permutation was drawn and held in memory."""
+    order = TrainOrder(n_tokens=200, seq_len=10, batch_size=6, seed=3, computed=False)
+    assert [order(n) for n in (0, 2, 3)] == [
         [118, 48, 98, 148, 168, 88],
         [158, 58, 108, 78, 8, 138],
         [18, 158, 58, 148, 8, 28],
     ]
+
+
+def test_a_trillion_tokens_take_no_memory() -> None:
+    order = TrainOrder(n_tokens=10**12, seq_len=256, batch_size=512, seed=0)
+    tracemalloc.start()
+    starts = order(0) + order(order.batches - 1) + order(order.batches)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
+    assert 0 <= min(starts) < 10**10
+    assert 99 * 10**10 < max(starts) <= 10**12 - 257
 
 
 @pytest.mark.parametrize("n_tokens", [11, 15, 19, 20, 21, 29, 30, 200, 205])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from moepp.cli import main
+from moepp.training.checkpoint import last_checkpoint, read_checkpoint
 from tests.conftest import RECIPES, read_csv, small_text
 
 EARLIER = Path(__file__).parent / "earlier_run"
@@ -28,6 +29,8 @@ def test_it_resumes_to_the_same_end(workdir: Path) -> None:
                 assert float(row[name] or 0) == pytest.approx(float(text or 0), rel=1e-3), (
                     name
                 )  # another CPU rounds
+    # the order that it began with, which newer runs no longer have, is also that of whoever goes on from here
+    assert read_checkpoint(last_checkpoint(run))["moepp"]["computed_order"] is False
     assert json.loads((run / "result.json").read_text())["final/loss"] == pytest.approx(0.57963, abs=1e-3)
 
 
