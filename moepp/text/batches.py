@@ -14,7 +14,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
 from torch.utils.data import Dataset, Sampler
 
 from moepp.text.permutation import Permutation
@@ -79,7 +78,7 @@ class TrainBatches(Dataset[Batch]):
 
     def __getitem__(self, n: int) -> Batch:
         starts = self.order(n)[self.share]
-        windows = sliding_window_view(self.files.train, self.order.seq_len + 1)[starts].astype(np.int64)
+        windows = self.files.train.windows(starts, self.order.seq_len + 1)
         return {
             "inputs": torch.from_numpy(windows[:, :-1].copy()),
             "targets": torch.from_numpy(windows[:, 1:].copy()),

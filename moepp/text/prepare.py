@@ -22,6 +22,7 @@ from moepp.model.config import require
 from moepp.model.errors import InputError
 from moepp.system.files import fsync_folder, lasting, sha256_of, sha256_of_file
 from moepp.text.documents import Document, open_source
+from moepp.text.shards import shard_names, write_shards
 from moepp.text.token_files import FORMAT, data_hash
 from moepp.text.tokenizer import FEWEST_TOKENS, MOST_TOKENS, Vocabulary, padded_vocab_size, train_tokenizer
 
@@ -204,8 +205,13 @@ def write_token_files(
     dtype = "uint16" if padded <= 1 << 16 else "uint32"
     tokens_N = np.zeros_like(documents.bytes_N)
     with phase("encoding", int(documents.bytes_N.sum()), progress) as advance:
-        for name, indices in parts.items():
-            tokens_N[indices] = encode(folder / f"{name}.bin", vocabulary, documents, indices, dtype, advance)
+        write_shards(
+            (folder / name for name in shard_names()),
+            encode(vocabulary, documents, parts["train"], dtype, tokens_N, advance),
+        )
+        with lasting(folder / "val.bin") as file:
+            for ids in encode(vocabulary, documents, parts["val"], dtype, tokens_N, advance):
+                file.write(ids.tobytes())
 
     domains: dict[str, Any] = {}
     end = 1  # 0 is the end of text before the first document
@@ -218,7 +224,7 @@ def write_token_files(
         begin, end = end, end + domains[name]["val"]["tokens"]
         domains[name]["val_range"] = [begin, end]
 
-    files = [folder / f"{name}.bin" for name in parts]
+    files = sorted(folder.glob("*.bin"))
     meta = {
         "format": FORMAT,
         "source": about,
@@ -236,29 +242,27 @@ def write_token_files(
 
 
 def encode(
-    path: Path,
     vocabulary: Vocabulary,
     documents: Documents,
     indices: np.ndarray,
     dtype: str,
+    tokens_N: np.ndarray,
     advance: Callable[[int], None],
-) -> np.ndarray:
-    """Write the tokens of these documents; returns how many each has, its end of text included."""
-    tokens = array("q")
+) -> Iterator[np.ndarray]:
+    """The tokens of these documents, one document after the other; notes how many each has, its end of text
+    included, in `tokens_N`."""
+    yield np.array([vocabulary.end_of_text], dtype)  # for the very first token to follow
     batch_of = np.cumsum(documents.bytes_N[indices]) // BATCH_BYTES
-    with lasting(path) as file:
-        file.write(np.array([vocabulary.end_of_text], dtype).tobytes())  # for the very first token to follow
-        for batch in np.split(indices, np.flatnonzero(np.diff(batch_of)) + 1):
-            texts = list(documents.texts(batch, advance))
-            try:
-                encodings = vocabulary.tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # on all cores
-            except Exception as error:  # a word without a token; tokenizers raises Exception itself
-                raise InputError(f"tokenizer: cannot encode the text ({error})") from error
-            for encoding in encodings:
-                ids = [*encoding.ids, vocabulary.end_of_text]
-                file.write(np.array(ids, dtype).tobytes())
-                tokens.append(len(ids))
-    return np.array(tokens, np.int64)
+    for batch in np.split(indices, np.flatnonzero(np.diff(batch_of)) + 1):
+        texts = list(documents.texts(batch, advance))
+        try:
+            encodings = vocabulary.tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # on all cores
+        except Exception as error:  # a word without a token; tokenizers raises Exception itself
+            raise InputError(f"tokenizer: cannot encode the text ({error})") from error
+        for index, encoding in zip(batch, encodings, strict=True):
+            ids = np.array([*encoding.ids, vocabulary.end_of_text], dtype)
+            tokens_N[index] = len(ids)
+            yield ids
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Token files: a tokenizer and the tokens of a text, in a folder.
 
-train.bin, val.bin   token ids, uint16 or uint32: an end of text, then each document followed by one
+train-00000.bin …    token ids, uint16 or uint32: an end of text, then each document followed by one. In files of
+                     equal size, read as one (moepp.text.shards); a folder of before has one, train.bin
+val.bin              the same of the text that is held out
 tokenizer.json       as Hugging Face's tokenizers reads it
 meta.json            counts, hashes, and where each domain lies in val.bin
 """
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from moepp.model.errors import InputError
 from moepp.system.files import sha256_of
+from moepp.text.shards import Shards
 from moepp.text.tokenizer import load_tokenizer
 
 FORMAT = 1  # of the folder; raise it when older folders can no longer be used
@@ -67,19 +70,16 @@ class TokenFiles:
         return files
 
     @property
-    def train(self) -> np.memmap:
+    def train(self) -> Shards:
         """(tokens,) uint16 or uint32."""
-        return self.mapped("train")
+        names, size = train_files(self.meta), np.dtype(self.meta["dtype"]).itemsize
+        lengths = [self.meta["files"][name]["bytes"] // size for name in names]
+        return Shards([self.path / name for name in names], lengths, self.meta["dtype"])
 
     @property
     def val(self) -> np.memmap:
-        """(tokens,) the same, one domain after the other."""
-        return self.mapped("val")
-
-    def mapped(self, part: str) -> np.memmap:
-        """Mapped anew at each call, which costs microseconds: a map that is kept counts every page it has touched
-        as memory of ours, and would travel to a worker as a copy of all tokens instead of a name."""
-        return np.memmap(self.path / f"{part}.bin", self.meta["dtype"], "r")
+        """(tokens,) the same, one domain after the other. Mapped anew at each call, as `Shards` are."""
+        return np.memmap(self.path / "val.bin", self.meta["dtype"], "r")
 
     @property
     def domains(self) -> list[str]:
@@ -139,7 +139,11 @@ class TokenFiles:
         return table
 
 
+def train_files(meta: dict[str, Any]) -> list[str]:
+    return sorted(name for name in meta["files"] if name.startswith("train"))
+
+
 def data_hash(meta: dict[str, Any]) -> str:
     """One hash for "trained on the same tokens"."""
-    files = meta["files"]
-    return sha256_of(meta["tokenizer_sha256"] + files["train.bin"]["sha256"] + files["val.bin"]["sha256"])
+    hashes = [meta["files"][name]["sha256"] for name in [*train_files(meta), "val.bin"]]
+    return sha256_of("".join([meta["tokenizer_sha256"], *hashes]))

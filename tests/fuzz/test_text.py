@@ -66,7 +66,7 @@ def use(folder: Path) -> None:
             assert batch["domain"].max() < len(data.files.domains)
 
 
-@cases(100, at=POSITION, name=st.sampled_from(["meta.json", "tokenizer.json", "train.bin", "val.bin"]))
+@cases(100, at=POSITION, name=st.sampled_from(["meta.json", "tokenizer.json", "train-00000.bin", "val.bin"]))
 def test_token_files_cut_off(home: Path, at: float, name: str) -> None:
     data = Path("whole", name).read_bytes()
     folder = damaged(name, data[: int(at * len(data.rstrip()))])  # after the last brace is a line end

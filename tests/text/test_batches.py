@@ -26,7 +26,7 @@ def test_batch_n_is_that_of_the_oracle_in_whatever_order_one_asks(folder: str) -
     batches = TrainBatches(files, TrainOrder(len(files.train), S, B, seed=7))
     assert len(batches) > 5
     for n in (0, 3, 2 * len(batches) + 1, len(batches), 3):
-        inputs, targets = oracle(files.train, 7, n, S, B)
+        inputs, targets = oracle(files.train[:], 7, n, S, B)
         assert {value.dtype for value in batches[n].values()} == {torch.int64}
         assert batches[n]["inputs"].numpy().tolist() == inputs.tolist()
         assert batches[n]["targets"].numpy().tolist() == targets.tolist()

@@ -40,7 +40,7 @@ def test_loaders_hand_out_the_batches(folder: str, workers: int) -> None:
     batches = list(loader)
     assert len(batches) == len(loader) > 5
     for n, batch in enumerate(batches):
-        inputs, targets = oracle(data.files.train, 7, n, S, B)
+        inputs, targets = oracle(data.files.train[:], 7, n, S, B)
         assert batch["inputs"].numpy().tolist() == inputs.tolist()
         assert batch["targets"].numpy().tolist() == targets.tolist()
     val = HeldOutBatches(data.files, S, B)
@@ -118,7 +118,7 @@ def run(
 
 
 def expected(folder: str, batches: int) -> list[str]:
-    tokens = TokenFiles.open(folder).train
+    tokens = TokenFiles.open(folder).train[:]
     return [hashlib.sha256(oracle(tokens, 0, n, S, B)[0].tobytes()).hexdigest() for n in range(batches)]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moepp.model.errors import InputError
-from moepp.text.token_files import TokenFiles
+from moepp.text.token_files import TokenFiles, data_hash
 from tests.text.conftest import one_line
 
 
@@ -24,7 +24,7 @@ def test_describe(prepared: tuple[list[tuple[str, str]], TokenFiles]) -> None:
 
 
 def cut(folder: Path) -> None:
-    with (folder / "train.bin").open("r+b") as file:
+    with (folder / "train-00000.bin").open("r+b") as file:
         file.truncate(100)
 
 
@@ -36,7 +36,7 @@ def other_tokenizer(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "parts"),
     [
-        (cut, ["train.bin is 100 bytes, not", "delete the folder"]),
+        (cut, ["train-00000.bin is 100 bytes, not", "delete the folder"]),
         (other_tokenizer, ["another tokenizer than tokenizer.json"]),
         (lambda f: (f / "val.bin").unlink(), ["cannot be read as token files", "val.bin"]),
         (lambda f: (f / "meta.json").write_text("{"), ["cannot be read as token files"]),
@@ -57,3 +57,16 @@ def test_damaged_folder(
     with pytest.raises(InputError) as error:
         TokenFiles.open(folder)
     one_line(error, *parts, str(folder))
+
+
+def test_a_folder_of_before_is_read_as_ever(
+    tmp_path: Path, prepared: tuple[list[tuple[str, str]], TokenFiles]
+) -> None:
+    """Its training text is one file of another name."""
+    folder = shutil.copytree(prepared[1].path, tmp_path / "before")
+    (folder / "train-00000.bin").rename(folder / "train.bin")
+    meta = (folder / "meta.json").read_text().replace("train-00000.bin", "train.bin")
+    (folder / "meta.json").write_text(meta)
+    before = TokenFiles.open(folder)
+    assert before.train[:].tolist() == prepared[1].train[:].tolist()
+    assert data_hash(before.meta) == prepared[1].meta["data_hash"]  # its checkpoints go on

@@ -114,8 +114,8 @@ def test_token_files(text_file: Path, workdir: Path, capsys) -> None:
         return Path(shutil.copytree(whole, name))
 
     truncated = damaged("truncated")
-    (truncated / "train.bin").write_bytes((whole / "train.bin").read_bytes()[:-2])
-    assert "train.bin" in refused(capsys, "fit", *tiny(text_file), "--data.path=truncated")
+    (truncated / "train-00000.bin").write_bytes((whole / "train-00000.bin").read_bytes()[:-2])
+    assert "train-00000.bin" in refused(capsys, "fit", *tiny(text_file), "--data.path=truncated")
     other = damaged("other")
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     tokenizer["model"]["merges"].pop()

@@ -59,7 +59,7 @@ def test_another_text_is_refused_unless_it_is_meant(text_file: Path, workdir: Pa
     other = Path(shutil.copytree(prepared, "other"))
     meta = json.loads((other / "meta.json").read_text())
     before = meta["data_hash"]
-    meta["files"]["train.bin"]["sha256"] = 64 * "0"
+    meta["files"]["train-00000.bin"]["sha256"] = 64 * "0"
     meta["data_hash"] = data_hash(meta)
     (other / "meta.json").write_text(json.dumps(meta))
     options += ["--data.path=other", "--trainer.max_steps=4", "--ckpt_path=last"]
