@@ -16,7 +16,16 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.text import Text
 
 from moepp.model.config import require
 from moepp.model.errors import InputError
@@ -26,7 +35,7 @@ from moepp.text.shards import shard_names, write_shards
 from moepp.text.token_files import FORMAT, data_hash
 from moepp.text.tokenizer import FEWEST_TOKENS, MOST_TOKENS, Vocabulary, padded_vocab_size, train_tokenizer
 
-TOKENIZER_BYTES = 256_000_000  # the tokenizer learns from at most so much text, drawn evenly from all of it
+TOKENIZER_BYTES = 128_000_000  # the tokenizer learns from at most so much text, drawn evenly from all of it
 BATCH_BYTES = 1 << 21  # text encoded at a time: enough to keep all cores busy, little enough to hold
 
 
@@ -265,11 +274,19 @@ def encode(
             yield ids
 
 
+class Rate(ProgressColumn):
+    """Megabytes a second since the phase began."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.completed / 1e6 / max(task.elapsed or 0, 0.001):.1f} MB/s")
+
+
 @contextmanager
 def phase(what: str, total: int | None, show: bool) -> Iterator[Callable[[int], None]]:
-    """Show how far one phase is (in the unit of `total`): a bar; where there is no terminal, once it is over."""
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    """Show how far one phase is, in bytes of text: a bar; where there is no terminal, once it is over."""
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), Rate(), TimeElapsedColumn()
     with Progress(*columns, disable=not show) as bars:
         task = bars.add_task(what, total=total)
         yield lambda done: bars.update(task, advance=done)
-        bars.update(task, total=1, completed=1)  # sizes of packed files are guesses
+        done = bars.tasks[task].completed + 1  # another total than before, so that rich takes the time once more
+        bars.update(task, total=done, completed=done)  # sizes of packed files are guesses

@@ -2,12 +2,14 @@
 
 import hashlib
 import multiprocessing
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import rich
 
 from moepp.model.errors import InputError
 from moepp.text import prepare as preparing
@@ -206,7 +208,21 @@ def test_a_line_a_phase_without_a_terminal(tmp_path: Path, capsys: pytest.Captur
     make(tmp_path, progress=True)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" ━")[0] for line in lines] == ["reading text", "training the tokenizer", "encoding"]
-    assert all("100%" in line for line in lines)
+    assert all(re.search(r"100% \d+\.\d MB/s 0:00:\d\d$", line) for line in lines)
+
+
+def test_the_rate_is_that_of_the_whole_phase(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the size was a guess, and where nothing comes for a while at its end."""
+    clock = [0.0]
+    monkeypatch.setattr(rich.get_console(), "get_time", lambda: clock[0])
+    with preparing.phase("reading", 1000, True) as advance:
+        for _ in range(10):
+            clock[0] += 0.5
+            advance(5_000_000)
+        clock[0] += 5
+    assert re.search(r"100% 5\.0 MB/s 0:00:10$", capsys.readouterr().out.strip())
 
 
 def test_a_vocabulary_that_the_text_cannot_fill_is_named(
