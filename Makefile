@@ -22,7 +22,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo '  RECIPE=recipes/vanilla.yaml   what to train (default $(RECIPE))'
-	@echo '  DATA=my.txt                   your own text: a file, a folder, hf:owner/name'
+	@echo '  DATA=my.txt                   your own text: a file, a folder, hf:owner/name, litdata:folder'
 	@echo '  ARGS="--model.moe.tau=0.5"    passed on as it is'
 
 setup: $(VENV)/.done ## make .venv and install what is needed, once

@@ -18,7 +18,11 @@ VERBS = {  # verb: (module, whose `run` takes verb and arguments; what it does)
     "convert": ("moepp.training.commands", "a vanilla MoE or dense checkpoint → one with more experts"),
     "export": ("moepp.training.commands", "a checkpoint → a Hugging Face folder: --format=hf is for transformers"),
 }
-EXTRAS = {"study": {"matplotlib", "scipy", "pandas", "jinja2"}, "eval": {"lm_eval"}}  # and what they bring
+EXTRAS = {
+    "study": {"matplotlib", "scipy", "pandas", "jinja2"},
+    "eval": {"lm_eval"},
+    "litdata": {"litdata"},
+}  # and what they bring
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from moepp.text.litdata_set import GroupedOrder
 from moepp.text.permutation import Permutation
 from moepp.text.token_files import TokenFiles
 
@@ -67,7 +68,9 @@ class TrainOrder:
 class TrainBatches(Dataset[Batch]):
     """One device's share of batch n, for any n."""
 
-    def __init__(self, files: TokenFiles, order: TrainOrder, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, files: TokenFiles, order: TrainOrder | GroupedOrder, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.files = files
         self.order = order
         share = order.batch_size // world_size

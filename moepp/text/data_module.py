@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from moepp.model.errors import InputError
 from moepp.text.batches import EpochSampler, HeldOutBatches, Part, TrainBatches, TrainOrder
+from moepp.text.litdata_set import GroupedOrder, LitdataSet
 from moepp.text.prepare import check_options, check_range, prepare
 from moepp.text.token_files import TokenFiles
 from moepp.text.tokenizer import padded_vocab_size
@@ -19,7 +20,8 @@ class TokenDataModule(L.LightningDataModule):
 
     Args:
         path: what to train on: a corpus list (.yaml), a file (.txt, .md, .jsonl, also .gz or .zst), a folder of
-            such files, hf:owner/name, or a folder that `moepp prepare` made.
+            such files, hf:owner/name, a folder that `moepp prepare` made, or litdata:<folder or bucket> with data
+            sets of token ids train/ and val/, and tokenizer.json.
         vocab_size: most tokens in the vocabulary; the model's is this, rounded up to a multiple of 64.
         seq_len: tokens in a sequence.
         batch_size: sequences per device in one forward pass.
@@ -112,9 +114,11 @@ class TokenDataModule(L.LightningDataModule):
             return Path(self.path)
         return prepare(self.path, self.vocab_size, self.val_fraction, self.out_root, progress, self.tokenizer)
 
-    def order(self) -> TrainOrder:
-        batch_size = self.batch_size * self.world_size
-        return TrainOrder(len(self.files.train), self.seq_len, batch_size, self.seed, self.computed_order)
+    def order(self) -> TrainOrder | GroupedOrder:
+        train, batch_size = self.files.train, self.batch_size * self.world_size
+        if isinstance(train, LitdataSet):
+            return GroupedOrder(train.chunks.tokens_C // (self.seq_len + 1), self.seq_len, batch_size, self.seed)
+        return TrainOrder(len(train), self.seq_len, batch_size, self.seed, self.computed_order)
 
     def batches_seen(self) -> int:
         if self.trainer is None:

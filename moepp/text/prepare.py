@@ -37,6 +37,7 @@ from moepp.text.tokenizer import FEWEST_TOKENS, MOST_TOKENS, Vocabulary, padded_
 
 TOKENIZER_BYTES = 128_000_000  # the tokenizer learns from at most so much text, drawn evenly from all of it
 BATCH_BYTES = 1 << 21  # text encoded at a time: enough to keep all cores busy, little enough to hold
+PREFIX = "litdata:"  # of a data set of token ids
 
 
 def prepare(
@@ -53,7 +54,7 @@ def prepare(
     text that has changed gets a folder of its own.
 
     Args:
-        path: see `moepp.text.documents.open_source`.
+        path: see `moepp.text.documents.open_source`, or `litdata:…` (`moepp.text.prepare_litdata`).
         vocab_size: at most so many tokens, with `<|endoftext|>` and the 256 bytes among them; by default 8192, or
             as many as `tokenizer` has.
         val_fraction: hold out documents until they are this fraction of the bytes of each domain.
@@ -67,6 +68,10 @@ def prepare(
     Raises:
         InputError: text or a tokenizer that cannot be read, or too little text, or too small a `vocab_size`.
     """
+    if path.startswith(PREFIX):
+        from moepp.text.prepare_litdata import prepare_litdata  # it imports this module
+
+        return prepare_litdata(path, out_root, tokenizer)
     given = Vocabulary.read(Path(tokenizer)) if tokenizer is not None else None
     if vocab_size is None:
         vocab_size = given.size if given else 8192

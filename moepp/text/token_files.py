@@ -4,7 +4,8 @@ train-00000.bin …    token ids, uint16 or uint32: an end of text, then each do
                      equal size, read as one (moepp.text.shards); a folder of before has one, train.bin
 val.bin              the same of the text that is held out
 tokenizer.json       as Hugging Face's tokenizers reads it
-meta.json            counts, hashes, and where each domain lies in val.bin
+meta.json            counts, hashes, and where each domain lies in val.bin; in place of train-00000.bin the address
+                     of training text that litdata streams (moepp.text.prepare_litdata)
 """
 
 import json
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from moepp.model.errors import InputError
 from moepp.system.files import sha256_of
+from moepp.text.litdata_set import LitdataSet
 from moepp.text.shards import Shards
 from moepp.text.tokenizer import load_tokenizer
 
@@ -70,8 +72,10 @@ class TokenFiles:
         return files
 
     @property
-    def train(self) -> Shards:
-        """(tokens,) uint16 or uint32."""
+    def train(self) -> Shards | LitdataSet:
+        """All training tokens."""
+        if "litdata" in self.meta:
+            return LitdataSet(self.meta["litdata"]["path"])
         names, size = train_files(self.meta), np.dtype(self.meta["dtype"]).itemsize
         lengths = [self.meta["files"][name]["bytes"] // size for name in names]
         return Shards([self.path / name for name in names], lengths, self.meta["dtype"])
@@ -134,8 +138,9 @@ class TokenFiles:
         counts = np.array([[[d[part][key] for key in COUNTS] for part in PARTS] for d in domains.values()])
         for name, (train, val) in zip([*domains, "all"], [*counts, counts.sum(0)], strict=True):
             documents, size, tokens = train + val
+            known = (train[1] > 0) * train[2] + val[2]  # litdata has tokens without their bytes
             shares = f"{documents:,}", f"{val[0]:,}", f"{size / 1e6:.2f}", f"{tokens:,}", f"{val[2]:,}"
-            table.add_row(name, *shares, f"{size / tokens:.2f}")
+            table.add_row(name, *shares, f"{size / known:.2f}")
         return table
 
 
@@ -146,4 +151,5 @@ def train_files(meta: dict[str, Any]) -> list[str]:
 def data_hash(meta: dict[str, Any]) -> str:
     """One hash for "trained on the same tokens"."""
     hashes = [meta["files"][name]["sha256"] for name in [*train_files(meta), "val.bin"]]
+    hashes += [meta["litdata"]["index_sha256"]] if "litdata" in meta else []
     return sha256_of("".join([meta["tokenizer_sha256"], *hashes]))

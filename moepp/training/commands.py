@@ -49,7 +49,8 @@ def prepare(
     """Turn text into a tokenizer and token files. A second call with the same text does nothing.
 
     Args:
-        path: a corpus list (.yaml); .txt, .md or .jsonl (also .gz, .zst), or a folder of them; or hf:owner/name.
+        path: a corpus list (.yaml); .txt, .md or .jsonl (also .gz, .zst), or a folder of them; hf:owner/name; or
+            litdata:<folder or bucket>, with data sets of token ids train/ and val/, and tokenizer.json.
         vocab_size: size of the byte-level BPE vocabulary, padded to a multiple of 64; by default 8192.
         val_fraction: share of each domain's text held out for validation, in whole documents.
         out_root: where the folder of token files goes.

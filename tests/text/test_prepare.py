@@ -211,13 +211,14 @@ def test_a_line_a_phase_without_a_terminal(tmp_path: Path, capsys: pytest.Captur
     assert all(re.search(r"100% \d+\.\d MB/s 0:00:\d\d$", line) for line in lines)
 
 
+@pytest.mark.parametrize("size", [1000, 50_000_000])
 def test_the_rate_is_that_of_the_whole_phase(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], size: int
 ) -> None:
     """Also where the size was a guess, and where nothing comes for a while at its end."""
     clock = [0.0]
     monkeypatch.setattr(rich.get_console(), "get_time", lambda: clock[0])
-    with preparing.phase("reading", 1000, True) as advance:
+    with preparing.phase("reading", size, True) as advance:
         for _ in range(10):
             clock[0] += 0.5
             advance(5_000_000)
