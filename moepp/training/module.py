@@ -267,7 +267,7 @@ class LitMoE(L.LightningModule):
         files = data.files
         trained_on = files.tokenizer_json, files.end_of_text, files.label, files.meta["data_hash"]
         checkpoint["moepp"] = described(self.transformer, self.moe, *trained_on, self.config_text)
-        checkpoint["moepp"]["computed_order"] = data.computed_order
+        checkpoint["computed_order"] = data.computed_order
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another shape or of another text, naming the difference; keeps its order.
@@ -300,7 +300,7 @@ class LitMoE(L.LightningModule):
                 f"data.path: {data.files.label} is not what the checkpoint was trained on, {saved['data']}; "
                 "start a new run, or say --data.allow_other_text=true to go on with it"
             )
-        data.computed_order = bool(saved.get("computed_order"))  # a run of before keeps the order it began with
+        data.computed_order = bool(checkpoint.get("computed_order"))  # a run of before keeps its order
 
 
 # what a resumed run may set anew: none of it changes the shape or the meaning of a weight

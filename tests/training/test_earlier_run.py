@@ -30,7 +30,7 @@ def test_it_resumes_to_the_same_end(workdir: Path) -> None:
                     name
                 )  # another CPU rounds
     # the order that it began with, which newer runs no longer have, is also that of whoever goes on from here
-    assert read_checkpoint(last_checkpoint(run))["moepp"]["computed_order"] is False
+    assert read_checkpoint(last_checkpoint(run))["computed_order"] is False
     assert json.loads((run / "result.json").read_text())["final/loss"] == pytest.approx(0.57963, abs=1e-3)
 
 
