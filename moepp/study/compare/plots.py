@@ -119,7 +119,8 @@ def frontier(results: Results) -> plt.Figure | None:
             style: dict[str, Any] = {"color": colour, "marker": "o", "capsize": 3, "label": name}
             interval_bars(axes, line[cost], mean, low, high, **style)
         axes.set_xlabel(label)
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if "flops" in cost:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     panels[0].set_ylabel(
         f"validation loss minus {results.matrix.reference.name}'s\n(nats per token; lower is better)"
     )
