@@ -78,7 +78,7 @@ def prepare(
     check_options(vocab_size, val_fraction, least=given.size if given else FEWEST_TOKENS)
     vocab_size = given.size if given else vocab_size
     source = open_source(path)
-    made_with = [given.tokenizer_json, given.end_of_text] if given else vocab_size
+    made_with = [given.tokenizer_json, given.end_of_text] if given else [vocab_size, TOKENIZER_BYTES]
     fingerprint = sha256_of(json.dumps([FORMAT, made_with, val_fraction, source.fingerprint], sort_keys=True))
     root = Path(out_root)
     folder = root / f"{source.name}-v{vocab_size}-{fingerprint[:8]}"

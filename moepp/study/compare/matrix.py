@@ -191,8 +191,9 @@ def read_matrix(path: Path) -> dict[str, Any]:
             if plot not in PLOTS:
                 raise InputError(f"{where} no plot {plot!r}: use {', '.join(PLOTS)}")
         require_type(entry.get("noise", 0.0), (int, float), f"{where} noise")
-        if entry.get("flops_of", name) not in matrix["variants"]:
-            raise InputError(f"{where} flops_of: {entry['flops_of']!r} is none of the variants")
+        other = require_type(entry.get("flops_of", ""), str, f"{where} flops_of")
+        if other and (other == name or "flops_of" in (matrix["variants"].get(other, {"flops_of": ""}) or {})):
+            raise InputError(f"{where} flops_of: {other!r} is no other variant with steps of its own")
         if require_type(entry.get("ffn_width", 1), int, f"{where} ffn_width") < 1:
             raise InputError(f"{where} ffn_width: must be at least 1")
         for quantity, figures in require_type(entry.get("paper", {}), dict, f"{where} paper").items():
@@ -240,10 +241,10 @@ def resolve(path: Path, matrix: dict[str, Any], base: Path, overrides: list[str]
         variants[name] = variant
     for name, own in variants.items():
         if own.flops_of is not None:
-            steps = round(own.steps * variants[own.flops_of].training_flops() / own.training_flops())
+            steps = int(own.steps * variants[own.flops_of].training_flops() / own.training_flops())
             variants[name] = own.with_options({"trainer.max_steps": max(1, steps)})
     for one, two in combinations(variants.values(), 2):
-        if one.options == two.options:
+        if one.options == two.options and one.flops_of == two.flops_of:
             raise InputError(f"{path}: variants {one.name} and {two.name} are the same configuration")
     reference = variants[matrix["reference"]]
     return Matrix(path, list(variants.values()), reference, matrix.get("sources", {}), start)

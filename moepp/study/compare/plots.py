@@ -43,7 +43,7 @@ def curves(results: Results) -> plt.Figure | None:
 
 def differences(results: Results) -> plt.Figure | None:
     """Each variant's loss minus the reference's, with its interval; side by side from top to bottom."""
-    compared = results.variants.dropna(subset="loss_difference")
+    compared = results.variants[results.variants["flops_of"] == ""].dropna(subset="loss_difference")
     if compared.empty:
         return None
     figure, axes = plt.subplots(figsize=(8, 1.4 + 0.36 * len(compared)))

@@ -72,7 +72,7 @@ def markdown(
         tuned=list(search.trials[0].values) if search.trials else [],
         domains=[name.removeprefix(f"{FINAL}{BITS}/") for name in results.runs.filter(like=f"{FINAL}{BITS}/")],
         n_seeds=len({run.seed for run in runs}),
-        n_intervals=sum(not math.isnan(row["loss_difference_low"]) for row in rows),
+        n_intervals=sum(not math.isnan(row["loss_difference_low"]) for row in rows if not row["flops_of"]),
         failed=failed,
         pictures=pictures,
         command=command,

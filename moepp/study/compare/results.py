@@ -81,6 +81,7 @@ def read_trials(search: Search) -> pd.DataFrame:
             of_option = {values[option] for values in tried}
             if len(of_option) > 1 and value in (min(of_option), max(of_option)):
                 row["at_the_edge"] = f"{row.get('at_the_edge', '')} {option}".strip()
+        row |= {"training_flops": math.nan, "seconds": math.nan}
         if trial.run.finished:
             row["training_flops"] = read_curve(trial.run)[1]
             row["seconds"] = json.loads((trial.run.folder / "result.json").read_text())["seconds"]

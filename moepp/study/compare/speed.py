@@ -74,9 +74,15 @@ class TimedModel:
         lit = LitMoE(variant.transformer, variant.moe, compile=variant.options["model"]["compile"])
         self.lit = lit.to(device, torch.float32 if mixed else self.dtype)
         self.batch = {name: value.to(device) for name, value in batch.items()}
-        self.training_step = TrainingStep(
-            self.lit, lambda: self.lit.training_step(self.batch, 0)["loss"], self.autocast
-        )
+        self.training_step = TrainingStep(self.lit, self.loss, self.autocast)
+
+    def loss(self) -> Tensor:
+        """Of a training step, with what a budget costs."""
+        loss = self.lit.training_step(self.batch, 0)["loss"]
+        if self.lit.model.budget is not None and self.lit.moe.ffn_budget is not None:
+            self.lit.model.budget.step(self.lit.moe.ffn_budget, lambda figures: figures)
+            self.lit.model.budget.spend(self.lit.moe.ffn_budget)
+        return loss
 
     def expert_forward(self) -> Callable[[], None]:
         """A function that runs the experts of every layer on what these receive from the batch, already routed."""

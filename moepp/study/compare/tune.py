@@ -41,7 +41,8 @@ class Trial:
         """Infinite where the run has failed."""
         if not self.run.finished:
             return math.inf
-        return json.loads((self.run.folder / "result.json").read_text())[FINAL + LOSS]
+        loss = json.loads((self.run.folder / "result.json").read_text())[FINAL + LOSS]
+        return loss if math.isfinite(loss) else math.inf
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,12 @@ def present(matrix: Matrix, variant: Variant, options: dict[str, list[float]]) -
         return reduce(getitem, option.split("."), variant.options)
 
     try:
-        return {option: value(option) for option in options}
+        values = {option: value(option) for option in options}
     except (KeyError, TypeError) as error:
         raise InputError(f"{matrix.path}: tune: one of {', '.join(options)} is no option of a run") from error
+    for option, number in values.items():
+        if type(number) not in (int, float):
+            raise InputError(
+                f"{matrix.path}: tune: {option} is {number} in {variant.name}, not a number to go from"
+            )
+    return values

@@ -32,7 +32,8 @@ def read_at_budgets(text: HeldOut, n_tokens: int, model: Transformer) -> pd.Data
         return None
     stride = -(-n_tokens // MOST_TOKENS)
     fewest, most = moe.ffn_range
-    budgets = np.sort(np.append(np.linspace(fewest, most, BUDGETS + 2)[1:-1], moe.ffn_budget))
+    others = np.linspace(fewest, most, BUDGETS + 2)[1:-1]
+    budgets = np.sort(np.append(others[~np.isclose(others, moe.ffn_budget)], moe.ffn_budget))
     rows, nats = [], []
     for budget in track(budgets, "reading text at other budgets"):
         model.set_ffn_budget(float(budget))

@@ -59,12 +59,12 @@ def test_compare_is_vanilla_against_the_recipe_with_overrides_in_both() -> None:
     vanilla, shorter, moepp = matrix.variants
     assert (vanilla.name, shorter.name, moepp.name) == ("vanilla", "vanilla_equal_flops", "moepp")
     for variant in matrix.variants:
-        assert (variant.steps, variant.moe.n_ffn) == (6 if variant is shorter else 7, 4)
+        assert (variant.steps, variant.moe.n_ffn) == (5 if variant is shorter else 7, 4)
         assert variant.options["data"]["vocab_size"] == 8192
     changed = {key for key, *_ in differences(vanilla.options, moepp.options)}
     switches = ("n_zero", "n_copy", "n_const", "gating_residual", "ffn_budget")
     assert changed == {f"model.moe.{key}" for key in switches}
-    assert list(differences(vanilla.options, shorter.options)) == [("trainer.max_steps", 7, 6)]
+    assert list(differences(vanilla.options, shorter.options)) == [("trainer.max_steps", 7, 5)]
 
 
 def test_a_scheduled_budget_costs_what_it_is_on_the_way() -> None:
@@ -73,7 +73,7 @@ def test_a_scheduled_budget_costs_what_it_is_on_the_way() -> None:
     # twenty steps from 1.9 on the way to 0.8, 9.5 of them on average, then twenty of 0.8
     mean = (1.9 - 1.1 * 9.5 / 20 + 0.8) / 2
     assert scheduled.training_flops() == pytest.approx(40 * 2048 * held.training_flops_per_token(mean))
-    assert longer.steps == round(40 * scheduled.training_flops() / held.training_flops())
+    assert longer.steps == int(40 * scheduled.training_flops() / held.training_flops())
 
 
 def test_the_seed_reaches_weights_and_data(tmp_path: Path) -> None:
@@ -102,6 +102,10 @@ def test_tokens_of_all_devices_are_counted() -> None:
         ({"variants": {"a": {}, "b": {"trainer": None}}}, "variant b: trainer: holds no options but None"),
         ({"variants": {"a": {}, "b": {"plots": 5}}}, "variant b: plots: 5 is of the wrong type"),
         ({"variants": {"a": {}, "b": {"plots": [[]]}}}, "no plot"),
+        ({"variants": {"a": {}, "b": {"flops_of": ["a"]}}}, "flops_of: .* is of the wrong type"),
+        ({"variants": {"a": {}, "b": {"flops_of": "b"}}}, "flops_of: 'b' is no other variant"),
+        ({"variants": {"a": {}, "b": {"flops_of": "c"}}}, "flops_of: 'c' is no other variant"),
+        ({"variants": {"a": {}, "b": {"flops_of": "a"}, "c": {"flops_of": "b"}}}, "flops_of: 'b' is no other"),
         ({"variants": {"a": {}, "b": {"ffn_width": None}}}, "variant b: ffn_width: None is of the wrong type"),
         (
             {"variants": {"a": {}, "b": {"paper": {"accuracy": 47}}}},

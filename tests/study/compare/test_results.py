@@ -150,6 +150,7 @@ def test_a_strict_comparison_is_of_the_two_that_cost_the_same(tmp_path: Path) ->
     assert results.variants["flops_of_loss_difference"].dropna().to_dict() == {"fewer": pytest.approx(-0.15)}
     text = markdown(results, runs, Search([], {}), [], [], "moepp ablate")
     # differences −0.2 and −0.1: half the interval is 12.7062 · 0.05
+    assert "| fewer |" not in text.split("## Quality at equal training FLOPs")[0]  # it saw fewer tokens
     assert "| cheap | 1.13e+06 | fewer | 1.13e+06 | -0.1500 | [-0.7853, +0.4853] |" in text
     read_off = text.split("read off the curves of the runs above")[1].split("## Cost")[0]
     assert "| cheap |" in read_off

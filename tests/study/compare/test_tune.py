@@ -137,6 +137,7 @@ def test_options_are_searched_in_their_order(tmp_path: Path) -> None:
     [
         ({"options": {"model.optim.lrs": [1.0]}}, "tune: one of model.optim.lrs is no option of a run"),
         ({"options": {"model.moe.balance_weight": [-1.0]}}, "balance_weight: must not be negative"),
+        ({"options": {"model.optim.min_lr": [0.1]}}, "tune: model.optim.min_lr is None in moepp, not a number"),
         ({"options": {"model.optim.lr": 0.003}}, "tune.options: model.optim.lr: 0.003 is of the wrong type"),
         ({"options": {"model.optim.lr": []}}, "is no option with a list of numbers"),
         ({"options": {"model.optim.lr": ["a"]}}, "is no option with a list of numbers"),
