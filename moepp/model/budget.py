@@ -21,7 +21,7 @@ from .config import MoEConfig
 from .router import Router, Routing
 
 QUANTILES = 129
-WEIGHT = 0.3  # of the last step's quantiles in the average
+WEIGHT = 0.1  # of the last step's quantiles in the average
 REPAID = 0.8  # of the debt, in the next step
 DEBT_WEIGHT = 0.05  # of the last step's debt in its average
 
@@ -39,8 +39,7 @@ class Budget(nn.Module):
     """The quantiles of a model's margins over training, and what it owes. Buffers, which checkpoints keep.
 
     What a step spends too much or too little, for a batch is not like the batches before, is a debt that the next
-    step repays, as far as one step can. Its average is what quantiles of the past are off by, which evaluation
-    takes into account as well.
+    step repays. Its average is what quantiles of the past are off by, which evaluation takes into account as well.
 
     Args:
         moe: with an `ffn_budget`.
@@ -87,9 +86,6 @@ class Budget(nn.Module):
         weight = (1 / (self.seen + 1)).clamp(min=WEIGHT)  # the first steps all count alike
         begun = self.seen > 0  # before, nobody was asked to keep to a budget
         debt_X = self.debt_2X[0] + (spent_X1[:, 0] - ffn_per_token) * begun
-        # more is forgiven: a router that still changes fast would owe dozens of steps without any FFN expert
-        fewest, most = self.moe.ffn_range
-        debt_X = debt_X.clamp((ffn_per_token - most) / REPAID, (ffn_per_token - fewest) / REPAID)
         averaged_X = torch.lerp(self.debt_2X[1], debt_X, DEBT_WEIGHT)
         finite = now_XQ.isfinite().all()
         quantiles_XQ = torch.lerp(self.quantiles_XQ, now_XQ, weight.to(now_XQ))
