@@ -6,6 +6,7 @@ T tokens, E experts, K choices a token, A = T·K assignments.
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .config import MoEConfig
@@ -17,14 +18,23 @@ def count_assignments(experts_TK: Tensor, n_experts: int) -> Tensor:
     return one_hot_EA.sum(1)
 
 
-def load_balance_loss(probs_TE: Tensor, experts_TK: Tensor, moe: MoEConfig) -> Tensor:
+def shares(count_XE: Tensor, n_tokens: int, moe: MoEConfig) -> Tensor:
+    """f_i (…, E), the share of tokens that chose expert i: of this device's tokens, or of all devices' in
+    `balance_over: batch`, where each has as many (arXiv 2501.11873)."""
+    if moe.balance_over == "batch" and dist.is_initialized():
+        count_XE, n_tokens = count_XE.clone(), n_tokens * dist.get_world_size()
+        dist.all_reduce(count_XE)
+    return count_XE / n_tokens
+
+
+def load_balance_loss(probs_TE: Tensor, f_E: Tensor, moe: MoEConfig) -> Tensor:
     """L_b = Σ_i η_i f_i P_i with η = 1 for FFN experts and τ for the others (equation 7).
 
-    f_i, the share of tokens that chose expert i, is counted before any capacity and carries no gradient;
-    P_i is the mean probability of expert i. With `balance_groups` both are taken as spread evenly over the FFN
-    experts, and over the others: their shares are balanced, single experts are not. Returns a scalar.
+    f_i (`shares`) is counted before any capacity and carries no gradient; P_i is the mean probability of expert i
+    here: what gradients of several devices are averaged to is that of the mean over all tokens. With
+    `balance_groups` both are taken as spread evenly over the FFN experts, and over the others: their shares are
+    balanced, single experts are not. Returns a scalar.
     """
-    f_E = count_assignments(experts_TK, moe.n_experts).to(probs_TE.dtype) / len(experts_TK)
     P_E = probs_TE.mean(0)
     if moe.balance_groups:
         groups = [moe.n_ffn, moe.n_zero_computation]

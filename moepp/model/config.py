@@ -35,6 +35,8 @@ class MoEConfig:
         renormalize: False, in some models of others: gates are the chosen experts' probabilities among all E.
         balance_groups: balance FFN experts as one group against zero-computation experts as another, and no
             expert within them (arXiv 2605.18643).
+        balance_over: take the share of tokens that chose an expert over the whole batch of a step, of all devices,
+            or over each device's part.
         score_bias: the scores of zero-computation experts have a bias, which a schedule sets (conversion.py).
         ffn_budget: FFN experts per token and layer that training holds, in the mean, by a bias on the choice
             (budget.py); null is the paper's method, where τ only suggests how many.
@@ -56,6 +58,7 @@ class MoEConfig:
     renormalize_without_zero: bool = True
     renormalize: bool = True
     balance_groups: bool = False
+    balance_over: Literal["batch", "device"] = "batch"
     score_bias: bool = False
     ffn_budget: float | None = None
     budget_over: Literal["model", "layer"] = "model"
@@ -74,6 +77,7 @@ class MoEConfig:
             ("balance_weight", self.balance_weight >= 0, "must not be negative"),
             ("capacity_factor", factor is None or factor > 0, "must be positive, or null for no limit"),
             ("router_depth", self.router_depth in (1, 2), "must be 1 or 2"),
+            ("balance_over", self.balance_over in ("batch", "device"), "must be batch or device"),
             ("budget_over", self.budget_over in ("model", "layer"), "must be model or layer"),
             ("scale_expert_input", self.scale_expert_input > 0, "must be positive"),
             ("logits_norm_std", std is None or std > 0, "must be positive"),

@@ -6,10 +6,12 @@ T tokens, D hidden size, H intermediate size, G = 2H (gate, then up), F = n_ffn,
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MoEConfig
+from .dispatch import Dispatcher
 from .grouped import grouped_experts
 from .looped import looped_experts
 from .router import Routing
@@ -54,17 +56,42 @@ class ZeroComputationExperts(nn.Module):
 
 
 class FFNExperts(nn.Module):
-    """SwiGLU experts, W_down(silu(W_gate x) · W_up x), without biases, stacked in two parameters."""
+    """SwiGLU experts, W_down(silu(W_gate x) · W_up x), without biases, stacked in two parameters.
+
+    Attributes:
+        ranks: that the experts are spread over, each with its part of the parameters; None: all are here.
+    """
 
     def __init__(self, hidden_size: int, intermediate_size: int, moe: MoEConfig) -> None:
         super().__init__()
         self.moe = moe
+        self.ranks: dist.ProcessGroup | None = None
         D, H = hidden_size, intermediate_size
         self.w_gate_up = nn.Parameter(torch.empty(moe.n_ffn, 2 * H, D))  # (F, G, D)
         self.w_down = nn.Parameter(torch.empty(moe.n_ffn, D, H))  # (F, D, H)
 
     def forward(self, x_TD: Tensor, routing: Routing, terms: Terms | None = None) -> Tensor:
-        return ffn_experts(x_TD, routing, self.w_gate_up, self.w_down, terms)
+        if self.ranks is None:
+            return ffn_experts(x_TD, routing, self.w_gate_up, self.w_down, terms)
+        return self.spread(x_TD, routing, self.ranks, terms)
+
+    @torch.compiler.disable
+    def spread(self, x_TD: Tensor, routing: Routing, ranks: dist.ProcessGroup, terms: Terms | None) -> Tensor:
+        """The same with experts on other ranks (dispatch.py)."""
+        dispatcher = Dispatcher(routing, ranks)
+        weights = local(self.w_gate_up, ranks.size()), local(self.w_down, ranks.size())
+        y_AD = ffn_experts(*dispatcher.to_experts(x_TD), *weights)
+        y_TD = dispatcher.to_tokens(y_AD)
+        return y_TD if terms is None else y_TD + terms.value(x_TD)
+
+
+def local(weight: Tensor, n_ranks: int) -> Tensor:
+    """The part of it that is on this rank. Its gradient, of the tokens of all ranks, is the mean over them, as all
+    others are."""
+    part = weight.to_local() if hasattr(weight, "to_local") else weight.view_as(weight)
+    if part.requires_grad:
+        part.register_hook(lambda grad: grad / n_ranks)
+    return part
 
 
 def ffn_experts(

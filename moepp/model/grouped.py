@@ -31,6 +31,8 @@ def grouped_swiglu(x_RD: Tensor, w_gate_up_FGD: Tensor, w_down_FDH: Tensor, coun
 
 def gather_sum(plan: Plan, rows_RD: Tensor, gates_TK: Tensor | None = None) -> Tensor:
     """(T, D): for each token the sum of its rows, weighted by gates. Deterministic: no atomic adds."""
+    if len(rows_RD) == 0:
+        return rows_RD.new_zeros(len(plan.row_TK), rows_RD.shape[1])
     rows_TKD = rows_RD[plan.row_TK].where(plan.computed_TK[:, :, None], 0.0)  # no product: NaN · 0 is NaN
     if gates_TK is not None:
         rows_TKD = rows_TKD * gates_TK[:, :, None].to(rows_TKD.dtype)

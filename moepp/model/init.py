@@ -20,6 +20,8 @@ import hashlib
 import torch
 from torch import nn
 
+from .sharding import as_shards
+
 RESIDUAL_WRITERS = ("attention.output.weight", "ffn.w_down")
 
 
@@ -42,9 +44,15 @@ def init_parameters(
             nn.init.ones_(parameter)
             continue
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:7], "little"))
+        is_sharded = hasattr(parameter, "device_mesh")
+        # then every rank draws all of it, on the CPU as one process does, and keeps its part
+        device = "cpu" if is_sharded else parameter.device
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
         deviation = std * (2 * n_layers) ** -0.5 if name.endswith(RESIDUAL_WRITERS) else std
         if name == "embedding.weight" and not tied:
             deviation = 1.0
         with torch.no_grad():
-            parameter.normal_(0.0, deviation, generator=generator)
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype) if is_sharded else parameter
+            whole.normal_(0.0, deviation, generator=generator)
+            if is_sharded:
+                parameter.copy_(as_shards(whole, parameter))

@@ -42,7 +42,7 @@ class Routing:
 
     def load_balance_loss(self) -> Tensor:
         """L_b of this layer (equation 7), a scalar with a gradient."""
-        return balance.load_balance_loss(self.probs, self.experts, self.moe)
+        return mean_load_balance_loss([self])
 
     def computed(self) -> Tensor:
         """(T, K) bool: which assignments an FFN expert computes, what is over capacity left out."""
@@ -65,7 +65,10 @@ class Routing:
 
 def mean_load_balance_loss(routings: list[Routing]) -> Tensor:
     """Mean of L_b over the MoE layers, what β multiplies."""
-    return torch.stack([routing.load_balance_loss() for routing in routings]).mean()
+    count_LE = torch.stack([routing.tokens_per_expert() for routing in routings])
+    f_LE = balance.shares(count_LE.to(routings[0].scores.dtype), len(routings[0].experts), routings[0].moe)
+    losses = [balance.load_balance_loss(r.probs, f_E, r.moe) for r, f_E in zip(routings, f_LE, strict=True)]
+    return torch.stack(losses).mean()
 
 
 class Router(nn.Module):

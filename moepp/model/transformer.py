@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .attention import attend
 from .budget import Budget
@@ -100,14 +101,17 @@ class Output:
 
 
 class Transformer(nn.Module):
-    """tokens (B, S) → Output. Each layer's router hands its logits to the next."""
+    """tokens (B, S) → Output. Each layer's router hands its logits to the next.
+
+    Built on the meta device it has no weights yet; `materialize` gives it the same as elsewhere.
+    """
 
     rope_2Sd: Tensor
 
     def __init__(self, config: TransformerConfig, moe: MoEConfig) -> None:
         super().__init__()
         require_memory(config, moe)
-        seed = draw_seed()
+        self.seed = draw_seed()
         self.config, self.moe_config = config, moe
         device = torch.get_default_device()
         with torch.device("meta"):  # every weight is drawn once, below
@@ -116,11 +120,21 @@ class Transformer(nn.Module):
             self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             self.budget = Budget(moe, routers(self.blocks)) if moe.ffn_budget is not None else None
+            self.register_buffer("rope_2Sd", rope_table(config), persistent=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.checkpoint_activations = False  # compute the blocks' activations a second time in backward
+        if device.type != "meta":
+            self.materialize(device)
+
+    def materialize(self, device: torch.device) -> None:
+        """Draw the weights, on `device`. Of what is sharded each rank keeps its shards."""
+        config = self.config
         self.to_empty(device=device)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        init_parameters(self, seed, config.init_std, config.n_layers, config.tie_embeddings)
-        self.register_buffer("rope_2Sd", rope_table(config), persistent=False)
+        init_parameters(self, self.seed, config.init_std, config.n_layers, config.tie_embeddings)
+        self.rope_2Sd.copy_(rope_table(config))
 
     def set_ffn_budget(self, ffn_per_token: float) -> None:
         """From now on tokens take so many FFN experts, in the mean over text like that of the training.
@@ -155,7 +169,11 @@ class Transformer(nn.Module):
         routings: list[Routing] = []
         for i, block in enumerate(self.blocks):
             previous_logits = routings[-1].logits if routings else None
-            x_BSD, routing = block(x_BSD, rope_2Sd, previous_logits, caches[i] if caches else None)
+            inputs = x_BSD, rope_2Sd, previous_logits, caches[i] if caches else None
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x_BSD, routing = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x_BSD, routing = block(*inputs)
             routings.append(routing)
         return self.norm(x_BSD), routings
 

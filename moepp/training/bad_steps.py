@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from moepp.training.checkpoint import last_checkpoint, write_checkpoint
+from moepp.training.checkpoint import last_checkpoint
 from moepp.training.module import LitMoE
 from moepp.training.run_folder import say
 from moepp.training.saving import within_step
@@ -60,8 +60,7 @@ class BadSteps(L.Callback):
         dump = run_dir / "checkpoints" / f"bad-step-{step:08d}.ckpt"
         content: dict[str, Any] = {"state_dict": model.state_dict(), "batches": self.batches}
         model.on_save_checkpoint(content)
-        if trainer.is_global_zero:
-            write_checkpoint(dump, content)
+        trainer.strategy.save_checkpoint(content, dump)
         line = (
             f"loss or gradient was not finite {where}: {dump} has that step's batch and weights, the last good "
             f"checkpoint is {last_checkpoint(run_dir) or 'none'}; a lower model.optim.lr or data without bad text "

@@ -4,6 +4,7 @@ A checkpoint is what torch.save writes: a zip archive whose entries each carry a
 """
 
 import os
+import shutil
 import sys
 import time
 import zipfile
@@ -20,6 +21,7 @@ from moepp.model.config import require
 from moepp.system.files import replacing, sha256_of
 from moepp.system.machine import provenance
 from moepp.text.tokenizer import end_of_text, load_tokenizer
+from moepp.training import shards
 
 
 def write_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
@@ -43,14 +45,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: missing, damaged, or not written by moepp.
     """
-    if Path(path).is_dir():
-        raise InputError(f"checkpoint: {path} is a folder: name a file, such as {path}/checkpoints/best.ckpt")
-    if not Path(path).is_file():
+    path = Path(path)
+    if path.is_dir() and not shards.is_folder(path):
+        raise InputError(f"checkpoint: {path} is a folder: name a checkpoint, as {path}/checkpoints/best.ckpt")
+    if not path.exists():
         raise InputError(f"checkpoint: {path} does not exist")
     if (damage := find_damage(path)) is not None:
         raise InputError(f"{path}: is damaged, or no checkpoint ({damage})")
+    file = path / shards.REST if path.is_dir() else path
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if path.is_dir():
+            shards.put_back(checkpoint, shards.read_whole(path))
     except Exception as error:  # zip, pickle and torch each raise their own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: is not a whole checkpoint ({reason})") from error
@@ -65,6 +71,9 @@ def find_damage(path: str | Path) -> str | None:
     All of it is read, so a file that was found whole is not looked at again in this process, unless it is so young
     that its time would not tell it from one that was put in its place.
     """
+    path = Path(path)
+    if path.is_dir():
+        return find_damage(path / shards.REST) or shards.find_damage(path)
     try:
         stat = os.stat(path)
         version = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
@@ -221,6 +230,14 @@ def step_path(run_dir: Path, step: int) -> Path:
 def step_of(path: Path) -> int:
     """The optimizer steps behind a step-<n>.ckpt."""
     return int(path.stem.removeprefix("step-"))
+
+
+def remove_checkpoint(path: Path) -> None:
+    """A file, or a folder of shards; there may be none."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def step_checkpoints(run_dir: Path) -> list[Path]:

@@ -28,6 +28,7 @@ from moepp.training.arguments import OneLineParser, expand_bases, expand_last, v
 from moepp.training.bad_steps import BadSteps
 from moepp.training.checkpoint import CheckpointFiles, read_checkpoint
 from moepp.training.csv_log import CSVLog
+from moepp.training.devices import SHARDED, strategy_of
 from moepp.training.module import LitMoE
 from moepp.training.monitor import Monitor
 from moepp.training.option_names import CLASSES
@@ -132,6 +133,9 @@ class MoECLI(LightningCLI):
         parser.add_class_arguments(Checkpoints, "checkpoints", instantiate=False)
         sources = "data.vocab_size", "model.init_from"
         parser.link_arguments(sources, "model.transformer.vocab_size", compute_fn=self.model_vocab_size)
+        parser.link_arguments(
+            "trainer.strategy", "model.parallel.sharded", compute_fn=lambda name: name == SHARDED
+        )
 
     def model_vocab_size(self, of_data: int, init_from: str | None) -> int:
         """What the data needs, or that of the checkpoint which the model starts from (resumed, it may be gone)."""
@@ -163,15 +167,18 @@ class MoECLI(LightningCLI):
         if config["accelerator"] == "auto" and not torch.cuda.is_available():
             config["accelerator"] = "cpu"  # Apple's MPS has no float64, which bits per byte is summed in
         self.require_possible(config)
+        kwargs["strategy"] = strategy_of(config["strategy"])
+        if config["strategy"] == SHARDED:
+            kwargs["inference_mode"] = False  # what is gathered in it could not be used in training
         if config["enable_progress_bar"] is None:
             config["enable_progress_bar"] = sys.stdout.isatty()
         if self.subcommand != "fit":
             # a recipe's limit is for the validations amid training
-            return super().instantiate_trainer(logger=False, limit_val_batches=1.0)
+            return super().instantiate_trainer(logger=False, limit_val_batches=1.0, **kwargs)
         ckpt_path = self._get(self.config_init, "ckpt_path")
         self.run_folder = RunFolder(self.recipe, config["default_root_dir"], ckpt_path)
         try:
-            return super().instantiate_trainer(**self.observers(config))
+            return super().instantiate_trainer(**self.observers(config), **kwargs)
         except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
             self.run_folder.forget()
             if isinstance(error, InputError):

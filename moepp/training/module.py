@@ -1,6 +1,7 @@
 """LitMoE: the loss, the optimizer and the validation of a Transformer under Lightning."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,9 +22,11 @@ from moepp.model import (
 )
 from moepp.model.config import require, require_sensible
 from moepp.model.conversion import bias_at, set_bias
+from moepp.model.sharding import ParallelConfig, shard
 from moepp.system.files import differences
 from moepp.training.checkpoint import described
 from moepp.training.metrics import FINAL, VAL, Validation
+from moepp.training.optimizer import AdamW, by_mesh, total_norm
 from moepp.training.run_folder import say
 from moepp.training.start import BudgetConfig, ConvertConfig, DistillConfig, Teacher, start_from
 
@@ -83,6 +86,9 @@ class LitMoE(L.LightningModule):
         moe: experts, router and balance; every ablation is a switch here.
         optim: AdamW and its schedule.
         compile: torch.compile every block, and the loss's softmax.
+        checkpoint_activations: keep the input of a block alone, and compute the rest of it again in backward: less
+            memory for a third more computation.
+        parallel: how many devices share what, where --trainer.strategy=fsdp2 shards the model.
         init_from: a checkpoint whose weights training starts from, instead of drawn ones. What else `model` says
             is by default what the checkpoint says.
         convert: how the experts that `moepp convert` has added are let in.
@@ -96,6 +102,8 @@ class LitMoE(L.LightningModule):
         moe: MoEConfig = MoEConfig(),
         optim: OptimConfig = OptimConfig(),
         compile: bool = False,
+        checkpoint_activations: bool = False,
+        parallel: ParallelConfig = ParallelConfig(),
         init_from: str | None = None,
         convert: ConvertConfig = ConvertConfig(),
         distill: DistillConfig = DistillConfig(),
@@ -103,7 +111,10 @@ class LitMoE(L.LightningModule):
     ) -> None:
         super().__init__()
         self.transformer, self.moe, self.optim = transformer, moe, optim
-        self.model = Transformer(transformer, moe)
+        self.parallel = parallel
+        with torch.device("meta") if parallel.sharded else nullcontext():
+            self.model = Transformer(transformer, moe)
+        self.model.checkpoint_activations = checkpoint_activations
         self.resumed = False  # from a checkpoint of this run
         self.init_from, self.convert, self.distill, self.budget = init_from, convert, distill, budget
         if budget.start is not None:
@@ -126,6 +137,16 @@ class LitMoE(L.LightningModule):
                 f"data.seq_len: {data.seq_len} is longer than "
                 f"model.transformer.context_length={self.transformer.context_length}"
             )
+
+    def configure_model(self) -> None:
+        """Shard it, where it was built without weights, and draw each device's part of them."""
+        if next(self.parameters()).is_meta:
+            strategy = self.trainer.strategy
+            # what autocast would multiply in, matrices can be gathered in
+            dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+            self.model.seed = strategy.broadcast(self.model.seed)
+            shard(self.model, self.parallel, strategy.root_device, dtype)
+            self.model.materialize(strategy.root_device)
 
     def on_fit_start(self) -> None:
         tokenizer = self.trainer.datamodule.files.tokenizer_json  # type: ignore[attr-defined]
@@ -225,7 +246,7 @@ class LitMoE(L.LightningModule):
         ]
         # fp16 needs its gradients unscaled before they are clipped, which a fused step would do too late
         fused = str(self.trainer.precision) != "16-mixed"
-        optimizer = torch.optim.AdamW(groups, self.optim.lr, self.optim.betas, self.optim.eps, fused=fused)
+        optimizer = AdamW(groups, self.optim.lr, self.optim.betas, self.optim.eps, fused=fused)
         total_steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: self.optim.lr_at(step, total_steps) / self.optim.lr
@@ -239,15 +260,17 @@ class LitMoE(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """As Lightning clips, keeping the norm from before for the log. One that is not finite skips the step."""
-        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        self.gradient_norm = torch.nn.utils.get_total_norm(gradients)
+        with_gradient = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        self.gradient_norm = total_norm([gradient for p in with_gradient if (gradient := p.grad) is not None])
         self.bad_step = (~self.gradient_norm.isfinite()).float()
         if optimizer.defaults["fused"]:  # else the gradient scaler of fp16 sees to it
             optimizer.found_inf = self.bad_step  # type: ignore[attr-defined]  # 1: AdamW does nothing, on the device
-        if gradient_clip_val and gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
-        elif gradient_clip_val:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.gradient_norm)
+        if gradient_clip_val:
+            for parameters in by_mesh(with_gradient):
+                if gradient_clip_algorithm == "value":
+                    torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+                else:
+                    torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.gradient_norm)
 
     def on_train_start(self) -> None:
         """The optimizer's state is a checkpoint's, its settings are what the options say now."""
@@ -304,4 +327,12 @@ class LitMoE(L.LightningModule):
 
 
 # what a resumed run may set anew: none of it changes the shape or the meaning of a weight
-FREE_TO_CHANGE = {"balance_weight", "balance_groups", "capacity_factor", "tau", "context_length", "init_std"}
+FREE_TO_CHANGE = {
+    "balance_weight",
+    "balance_groups",
+    "balance_over",
+    "capacity_factor",
+    "tau",
+    "context_length",
+    "init_std",
+}

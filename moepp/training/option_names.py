@@ -13,6 +13,7 @@ CLASSES = {  # what the options of a section are the fields or arguments of
     "model.transformer": ("moepp/model/config.py", "TransformerConfig"),
     "model.moe": ("moepp/model/config.py", "MoEConfig"),
     "model.optim": ("moepp/training/module.py", "OptimConfig"),
+    "model.parallel": ("moepp/model/sharding.py", "ParallelConfig"),
     "model.convert": ("moepp/training/start.py", "ConvertConfig"),
     "model.distill": ("moepp/training/start.py", "DistillConfig"),
     "data": ("moepp/text/data_module.py", "TokenDataModule"),

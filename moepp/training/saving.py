@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from moepp.model.config import require
 from moepp.system.files import fsync_folder
-from moepp.training.checkpoint import step_checkpoints, step_of, step_path
+from moepp.training.checkpoint import remove_checkpoint, step_checkpoints, step_of, step_path
 from moepp.training.csv_log import CSVLog
 from moepp.training.metrics import LOSS, VAL
 from moepp.training.run_folder import say
@@ -21,7 +21,7 @@ from moepp.training.run_folder import say
 class Checkpoints(Checkpoint):
     """Writes checkpoints/step-<n>.ckpt at every validation and at the end, and keeps the last ones and the best.
 
-    best.ckpt, the one with the lowest validation loss, is a second name (a hard link) of its step's file.
+    best.ckpt, the one with the lowest validation loss, is a second name (hard links) of its step's file or folder.
 
     Ctrl-C and SIGTERM (a cluster's pre-emption) end a run with one, too, after the optimizer step at hand, as
     gradients that are half accumulated are in no checkpoint. The exit code is then 130 (Ctrl-C) or 143 (SIGTERM).
@@ -53,7 +53,7 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             for path in step_checkpoints(Path(trainer.default_root_dir)):
                 if step_of(path) > trainer.global_step:  # damaged: this run goes on from the one before
-                    path.unlink()
+                    remove_checkpoint(path)
             self.name_best(trainer)  # a kill may have come in between
         if self.validation_due:
             validate(trainer)
@@ -90,20 +90,21 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             self.name_best(trainer)
             for old in step_checkpoints(run_dir)[self.keep :]:
-                old.unlink()
+                remove_checkpoint(old)
             fsync_folder(path.parent)
         return path
 
     def name_best(self, trainer: L.Trainer) -> None:
         """Make best.ckpt a name of this step's file, if it is the best so far."""
         path = step_path(Path(trainer.default_root_dir), trainer.global_step)
-        if trainer.global_step == self.best_step and path.is_file():
+        if trainer.global_step == self.best_step and path.exists():
             beside = path.with_name("best.ckpt.tmp")
-            beside.unlink(missing_ok=True)
-            try:
-                os.link(path, beside)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(path, beside)
+            remove_checkpoint(beside)
+            if path.is_dir():
+                shutil.copytree(path, beside, copy_function=link)
+                remove_checkpoint(path.with_name("best.ckpt"))  # only a file can be replaced
+            else:
+                link(path, beside)
             os.replace(beside, path.with_name("best.ckpt"))
 
     def receive(self, number: int, frame: FrameType | None) -> None:
@@ -120,6 +121,14 @@ class Checkpoints(Checkpoint):
         told = self.received or signal.SIGTERM
         say(trainer, f"stopped by {told.name} after step {trainer.global_step}: {path} is written")
         raise SystemExit(128 + told)
+
+
+def link(path: str | Path, name: str | Path) -> None:
+    """A second name for a file; a copy, on a file system without hard links."""
+    try:
+        os.link(path, name)
+    except OSError:
+        shutil.copyfile(path, name)
 
 
 # What Lightning's loops know and do not tell

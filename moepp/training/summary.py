@@ -38,7 +38,10 @@ class Summary(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: LitMoE) -> None:  # type: ignore[override]
         """After the validation on all held-out text that `moepp fit` ends with."""
         final = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(FINAL)}
-        if not final or not trainer.is_global_zero:
+        if not final:
+            return
+        samples = self.samples(trainer, pl_module)  # by all devices: each may have a part of the model
+        if not trainer.is_global_zero:
             return
         run_dir = Path(trainer.default_root_dir)
         seconds = time.perf_counter() - self.begun
@@ -69,7 +72,6 @@ class Summary(L.Callback):
         table.add_row("parameters", f"{parameters.total:,}, {result['active_parameters']:,} active per token")
         table.add_row("device", f"{result['device']}, {result['precision']}, torch {result['torch']}")
         table.add_row("folder", str(run_dir))
-        samples = self.samples(trainer, pl_module)
         with (run_dir / "train.log").open("a") as log:
             for console in (Console(), Console(file=log, width=120)):
                 console.print(table)
@@ -85,7 +87,10 @@ class Summary(L.Callback):
             length = min(SAMPLE_TOKENS, model.transformer.context_length - len(prompt))
             if length < 1:
                 continue
-            whole = generate(model.model, prompt.to(model.device), length, stop=tokens.end_of_text).tolist()
-            before, after = map(tokens.tokenizer.decode, (whole[: len(prompt)], whole[len(prompt) :]))
+            whole = generate(model.model, prompt.to(model.device), length).tolist()
+            after = whole[len(prompt) :]
+            if tokens.end_of_text in after:  # not where it is written: no device may stop before the others
+                after = after[: after.index(tokens.end_of_text) + 1]
+            before, after = map(tokens.tokenizer.decode, (whole[: len(prompt)], after))
             lines.append(f"— {domain}: {before}⟶{after}")
         return "\n\n".join(lines)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moepp.model import MoEConfig
-from moepp.model.balance import count_assignments, load_balance_loss, within_capacity
+from moepp.model.balance import count_assignments, load_balance_loss, shares, within_capacity
 
 CASES = json.loads((Path(__file__).parent / "reference" / "balance_cases.json").read_text())
 
@@ -26,9 +26,10 @@ def test_reference_cases(case: dict) -> None:
     logits = torch.tensor(case["logits"], dtype=torch.float64)
     experts = logits.topk(moe.top_k).indices
     assert count_assignments(experts, moe.n_experts).tolist() == case["selected_per_expert"]
-    loss = load_balance_loss(logits.softmax(-1), experts, moe)
+    f = shares(count_assignments(experts, moe.n_experts).double(), len(experts), moe)
+    loss = load_balance_loss(logits.softmax(-1), f, moe)
     assert loss.item() == pytest.approx(case["load_balance_loss"], rel=1e-6)
-    loss32 = load_balance_loss(logits.float().softmax(-1), experts, moe)
+    loss32 = load_balance_loss(logits.float().softmax(-1), f.float(), moe)
     assert loss32.item() == pytest.approx(case["load_balance_loss"], rel=1e-6)
     assert moe.capacities(len(logits)) == pytest.approx((case["capacity_ffn"], case["capacity_zero_computation"]))
     assert moe.ffn_share == pytest.approx(case["expected_ffn_share"])
@@ -38,7 +39,7 @@ def test_gradient_flows_through_probabilities_alone() -> None:
     """dL/dP_i = η_i f_i / T for every token."""
     moe = MoEConfig(n_ffn=2, n_zero=1, n_copy=0, n_const=0, top_k=1, tau=0.5)
     probs = torch.full((4, 3), 1 / 3, requires_grad=True)
-    load_balance_loss(probs, torch.tensor([[0], [0], [1], [2]]), moe).backward()
+    load_balance_loss(probs, torch.tensor([0.5, 0.25, 0.25]), moe).backward()
     assert probs.grad.tolist() == [pytest.approx([0.5 / 4, 0.25 / 4, 0.5 * 0.25 / 4])] * 4
 
 

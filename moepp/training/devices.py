@@ -1,0 +1,104 @@
+"""Several devices: Lightning's strategies, with a time limit, and one that shards the model (FSDP2)."""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor
+
+from moepp.model import InputError
+from moepp.model.sharding import as_shards
+from moepp.system.files import fsync_folder
+from moepp.training import shards
+from moepp.training.checkpoint import read_checkpoint, remove_checkpoint, write_checkpoint
+
+TIME_LIMIT = timedelta(minutes=10)  # how long a device is waited for
+SHARDED = "fsdp2"  # --trainer.strategy
+
+
+def strategy_of(name: Any) -> Any:
+    """What --trainer.strategy names, where it is ours to make; else what it is."""
+    if name == SHARDED:
+        return Sharded()
+    return DDPStrategy(timeout=TIME_LIMIT) if name == "ddp" else name
+
+
+class Sharded(ModelParallelStrategy):
+    """Parameters, gradients and optimizer state in shards, as LitMoE.configure_model lays them out.
+
+    A checkpoint is a folder of shards (shards.py); one file, or a folder that more or fewer devices wrote, is read
+    as well.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(timeout=TIME_LIMIT)
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return Strategy.lightning_module_state_dict(self)
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        state = optimizer.state_dict()
+        return state | {"state": {i: dict(tensors) for i, tensors in state["state"].items()}}  # those are in use
+
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        Strategy.load_model_state_dict(self, checkpoint, strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        Strategy.load_optimizer_state_dict(self, checkpoint)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Written beside and renamed: what stands at `filepath` is whole at every moment."""
+        path = Path(self.broadcast(filepath))
+        beside = path.with_name(path.name + ".tmp")
+        if self.is_global_zero:
+            remove_checkpoint(beside)
+            beside.mkdir(parents=True)
+        self.barrier()
+        shards.write(beside, shards.take_shards(checkpoint))
+        if self.is_global_zero:
+            write_checkpoint(beside / shards.REST, checkpoint)
+            remove_checkpoint(path)
+            beside.rename(path)
+            fsync_folder(path.parent)
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """The checkpoint with of every tensor what this device keeps of it."""
+        path = Path(self.broadcast(checkpoint_path))
+        is_folder = shards.is_folder(path)
+        checkpoint = read_checkpoint(path / shards.REST if is_folder else path)
+        assert self.lightning_module is not None
+        self.lightning_module.on_load_checkpoint(checkpoint)  # names what does not fit; Lightning asks too late
+        named = shards.take_shards(self.template(checkpoint["moepp"]))
+        if is_folder:
+            if damage := self.find_damage(path):
+                raise InputError(f"{path}: is damaged ({damage})")
+            shards.read_shards(path, named)
+        else:
+            whole = {name: there[key] for name, there, key in shards.tensors_of(checkpoint)}
+            named = {name: as_shards(whole[name], like) for name, like in named.items()}
+        shards.put_back(checkpoint, named)
+        return checkpoint
+
+    def template(self, described: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint with all tensors that this run would write, those of the optimizer empty."""
+        assert self.lightning_module is not None
+        template: dict[str, Any] = {"moepp": described, "state_dict": self.lightning_module.state_dict()}
+        for optimizer in self.optimizers:
+            parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+            empty = [{key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")} for p in parameters]
+            template["optimizer_states"] = [{"state": dict(enumerate(empty))}]
+        return template
+
+    def find_damage(self, path: Path) -> str | None:
+        """What `shards.find_damage` finds, each device looking at its part of the files."""
+        found: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(found, shards.find_damage(path, self.global_rank, self.world_size))
+        return next(filter(None, found), None)
