@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .config import require
+from .config import MoEConfig, TransformerConfig, require
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,19 @@ class ParallelConfig:
             require(number >= 1, f"parallel.{name}", number, "must be at least 1")
             require(number == 1 or self.sharded, f"parallel.{name}", number, "needs --trainer.strategy=fsdp2")
 
-    def require_fits(self, n_ffn: int, world_size: int) -> None:
-        """Raise an InputError where the experts, or the ranks, cannot be divided so."""
-        require(n_ffn % self.expert == 0, "parallel.expert", self.expert, f"must divide moe.n_ffn={n_ffn}")
+    def require_fits(self, transformer: TransformerConfig, moe: MoEConfig, world_size: int) -> None:
+        """Raise an InputError where experts, ranks, or the rows of an expert cannot be divided so."""
+        require(moe.n_ffn % self.expert == 0, "parallel.expert", self.expert, f"must divide moe.n_ffn={moe.n_ffn}")
         ranks = self.expert * self.replicas
-        require(
-            world_size % ranks == 0,
-            "parallel.expert" if self.replicas == 1 else "parallel.expert x replicas",
-            ranks,
-            f"must divide the {world_size} devices",
-        )
+        name = "parallel.expert" if self.replicas == 1 else "parallel.expert x replicas"
+        require(world_size % ranks == 0, name, ranks, f"must divide the {world_size} devices")
+        if self.sharded:
+            shards = world_size // ranks if self.expert > 1 else world_size // self.replicas
+            for size in ("hidden_size", "intermediate_size"):
+                value = getattr(transformer, size)
+                require(
+                    value % shards == 0, f"transformer.{size}", value, f"must be a multiple of {shards} shards"
+                )
 
 
 def shard(
@@ -68,7 +71,7 @@ def shard(
     from torch.distributed.tensor import Shard, distribute_tensor
 
     world_size = dist.get_world_size()
-    parallel.require_fits(model.moe_config.n_ffn, world_size)
+    parallel.require_fits(model.config, model.moe_config, world_size)
     shards = world_size // (parallel.expert * parallel.replicas)
     shape = parallel.replicas, shards * parallel.expert
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replica", "shard"))

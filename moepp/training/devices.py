@@ -1,5 +1,8 @@
 """Several devices: Lightning's strategies, with a time limit, and one that shards the model (FSDP2)."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,53 @@ def strategy_of(name: Any) -> Any:
     if name == SHARDED:
         return Sharded()
     return DDPStrategy(timeout=TIME_LIMIT) if name == "ddp" else name
+
+
+@contextmanager
+def naming_lost_device() -> Iterator[None]:
+    """A device that has died, or cannot be reached, shows as an error of whichever collective the others are in.
+
+    Raises:
+        SystemExit: with one line.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # NCCL's and the store's are dist.DistError, gloo's are not
+        reason = " ".join(str(error).split())
+        lost = isinstance(error, dist.DistError) or re.search(r"gloo|Connection closed|Timed out", reason)
+        if not lost or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise SystemExit(
+            "moepp: the devices lost each other: one ended, cannot be reached, or was waited for longer than "
+            f"{TIME_LIMIT.total_seconds() / 60:g} minutes ({reason[:200]}); --ckpt_path=last goes on"
+        ) from error
+
+
+class Agreement:
+    """Whether any device was told to stop. The question goes round beside the training, and its answer is looked
+    at when the next is asked, which is at the same step on every device: nobody waits for it."""
+
+    def __init__(self) -> None:
+        # of its own, on the CPU: one of GPUs would have to wait for all that they have in hand
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.asked: tuple[Any, Tensor] | None = None
+
+    def any(self, told: bool) -> bool:
+        if self.group is None:
+            return told
+        answer = self.answer()
+        asked = torch.tensor(float(told))
+        self.asked = dist.all_reduce(asked, dist.ReduceOp.MAX, self.group, async_op=True), asked
+        return answer
+
+    def answer(self) -> bool:
+        """To the last question; it is answered when it is asked no more."""
+        if self.asked is None:
+            return False
+        work, asked = self.asked
+        work.wait()
+        self.asked = None
+        return bool(asked)
 
 
 class Sharded(ModelParallelStrategy):

@@ -28,7 +28,7 @@ from moepp.training.arguments import OneLineParser, expand_bases, expand_last, v
 from moepp.training.bad_steps import BadSteps
 from moepp.training.checkpoint import CheckpointFiles, read_checkpoint
 from moepp.training.csv_log import CSVLog
-from moepp.training.devices import SHARDED, strategy_of
+from moepp.training.devices import SHARDED, naming_lost_device, strategy_of
 from moepp.training.module import LitMoE
 from moepp.training.monitor import Monitor
 from moepp.training.option_names import CLASSES
@@ -256,6 +256,7 @@ class MoECLI(LightningCLI):
         """Train, then validate on all held-out text."""
         config = self._get(self.config_init, "trainer")
         try:
+            model.parallel.require_fits(model.transformer, model.moe, self.trainer.world_size)
             model.config_text = self.config_text()
             self.run_folder.save_config(self.trainer, model.config_text)
             self.announce(model)
@@ -263,13 +264,14 @@ class MoECLI(LightningCLI):
                 done = f"finished at step {self.begun_step} already"
                 say(self.trainer, f"{done}: a larger --trainer.max_steps goes on")
             keep_freed_memory(self.trainer.strategy.root_device)
-            with naming_checkpoint(kwargs.get("ckpt_path"), "continued", lambda: model.training_begun):
-                self.trainer.fit(model, datamodule=datamodule, **kwargs)
-            if self.trainer.state.finished and not config["fast_dev_run"]:
-                if self.checkpoints is not None:
-                    self.checkpoints.save(self.trainer)
-                self.trainer.limit_val_batches = 1.0
-                self.trainer.validate(model, datamodule=datamodule, verbose=False)
+            with naming_lost_device():
+                with naming_checkpoint(kwargs.get("ckpt_path"), "continued", lambda: model.training_begun):
+                    self.trainer.fit(model, datamodule=datamodule, **kwargs)
+                if self.trainer.state.finished and not config["fast_dev_run"]:
+                    if self.checkpoints is not None:
+                        self.checkpoints.save(self.trainer)
+                    self.trainer.limit_val_batches = 1.0
+                    self.trainer.validate(model, datamodule=datamodule, verbose=False)
         except (InputError, MisconfigurationException, ModuleNotFoundError, OSError):
             self.run_folder.forget()
             raise
@@ -278,7 +280,8 @@ class MoECLI(LightningCLI):
         """Print the metrics of a checkpoint on the held-out text."""
         if ckpt_path is None:
             raise InputError("ckpt_path: name the checkpoint, for example runs/moepp/1/checkpoints/best.ckpt")
-        with naming_checkpoint(ckpt_path, "evaluated", lambda: self.model.evaluation_begun):
+        self.model.parallel.require_fits(self.model.transformer, self.model.moe, self.trainer.world_size)
+        with naming_lost_device(), naming_checkpoint(ckpt_path, "evaluated", lambda: self.model.evaluation_begun):
             getattr(self.trainer, str(self.subcommand))(ckpt_path=ckpt_path, **kwargs | {"verbose": False})
         for name, value in self.trainer.callback_metrics.items():
             print(f"{name:<40} {value:.4f}")

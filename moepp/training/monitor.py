@@ -39,6 +39,16 @@ class Monitor(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         vars(self).update(state_dict)
 
+    def on_save_checkpoint(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: LitMoE, checkpoint: dict[str, Any]
+    ) -> None:
+        """Each device has its own sums, and the checkpoint holds those of one: their mean, then."""
+        if trainer.world_size > 1:
+            kept = checkpoint["callbacks"][self.state_key]
+            kept["sums"] = {
+                name: trainer.strategy.reduce(value.float(), reduce_op="mean") for name, value in self.sums.items()
+            }
+
     def on_train_start(self, trainer: L.Trainer, pl_module: LitMoE) -> None:  # type: ignore[override]
         self.clock, self.begun, self.begun_step = time.perf_counter(), time.perf_counter(), trainer.global_step
         # sums of the process that this one continues belong to the means, not to this one's speed

@@ -14,6 +14,7 @@ from moepp.model.config import require
 from moepp.system.files import fsync_folder
 from moepp.training.checkpoint import remove_checkpoint, step_checkpoints, step_of, step_path
 from moepp.training.csv_log import CSVLog
+from moepp.training.devices import Agreement
 from moepp.training.metrics import LOSS, VAL
 from moepp.training.run_folder import say
 
@@ -24,7 +25,8 @@ class Checkpoints(Checkpoint):
     best.ckpt, the one with the lowest validation loss, is a second name (hard links) of its step's file or folder.
 
     Ctrl-C and SIGTERM (a cluster's pre-emption) end a run with one, too, after the optimizer step at hand, as
-    gradients that are half accumulated are in no checkpoint. The exit code is then 130 (Ctrl-C) or 143 (SIGTERM).
+    gradients that are half accumulated are in no checkpoint; of several devices all do, a step after any was told.
+    The exit code is then 130 (Ctrl-C) or 143 (SIGTERM).
     A second signal is obeyed at once.
 
     Args:
@@ -40,6 +42,7 @@ class Checkpoints(Checkpoint):
         self.validation_due = False  # written after a step, before the validation that belongs to it
         self.received: signal.Signals | None = None
         self.before: dict[signal.Signals, Any] = {}  # handlers
+        self.agreement: Agreement  # from the start of training
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("best_loss", "best_step", "validation_due")}
@@ -50,6 +53,7 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # when it is through, Lightning brings back those from before the run
         self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.agreement = Agreement()
         if trainer.is_global_zero:
             for path in step_checkpoints(Path(trainer.default_root_dir)):
                 if step_of(path) > trainer.global_step:  # damaged: this run goes on from the one before
@@ -61,13 +65,13 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if within_step(trainer):
             return
-        if self.received_anywhere(trainer):
+        if self.agreement.any(self.received is not None):
             self.leave(trainer, validation_is_due(trainer))
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
             self.save(trainer, validation_is_due(trainer))
 
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if self.received_anywhere(trainer):
+        if trainer.state.fn == "fit" and self.agreement.any(self.received is not None):
             self.leave(trainer, validation_due=True)  # begun anew by the run that goes on from here
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -112,9 +116,8 @@ class Checkpoints(Checkpoint):
         for each, handler in self.before.items():
             signal.signal(each, handler)
 
-    def received_anywhere(self, trainer: L.Trainer) -> bool:
-        """Several devices must leave at the same step, whichever of them was told first."""
-        return trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
+    def on_train_end(self, *_: Any) -> None:
+        self.agreement.answer()
 
     def leave(self, trainer: L.Trainer, validation_due: bool) -> NoReturn:
         path = self.save(trainer, validation_due)
