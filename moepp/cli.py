@@ -9,6 +9,10 @@ VERBS = {  # verb: (module, whose `run` takes verb and arguments; what it does)
     "fit": ("moepp.training.lightning_cli", "train: moepp fit --config recipes/moepp.yaml"),
     "validate": ("moepp.training.lightning_cli", "validation loss of a checkpoint"),
     "test": ("moepp.training.lightning_cli", "the same as validate"),
+    "plan": (
+        "moepp.training.planning",
+        "memory, bytes and time of a step on many devices, on paper: --devices=64",
+    ),
     "ablate": ("moepp.study.compare.ablate", "variants × seeds → a report: --matrix recipes/compare.yaml"),
     "figures": ("moepp.study.figures.command", "what the router does, drawn and counted: --ckpt PATH"),
     "eval": ("moepp.study.eval.command", "tasks of lm-eval, and the experts that they take: --tasks=paper"),

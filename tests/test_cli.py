@@ -35,7 +35,7 @@ def test_whoever_reads_the_output_may_stop_early(arguments: str) -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("verb", ["fit", "generate", "figures", "prepare"])
+@pytest.mark.parametrize("verb", ["fit", "plan", "generate", "figures", "prepare"])
 def test_help_speaks_of_the_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([verb, "--help"])
