@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from moepp.model.errors import InputError
 from moepp.text.litdata_set import GroupedOrder
 from moepp.text.permutation import Permutation
 from moepp.text.token_files import TokenFiles
@@ -118,11 +119,20 @@ def held_out_windows(files: TokenFiles, seq_len: int, part: Part = "all") -> np.
 
 def part_of(files: TokenFiles, part: Part) -> list[tuple[int, int]]:
     """Per domain, begin and end of its tokens in `files.val`. Halves meet where a document ends, if it is not the
-    only one."""
+    only one.
+
+    Raises:
+        InputError: what is held out of a domain cannot be cut in two.
+    """
     if part == "all":
         return files.val_ranges
     halves = []
-    for begin, end in files.val_ranges:
+    for domain, (begin, end) in zip(files.domains, files.val_ranges, strict=True):
+        if end - begin == 1:
+            raise InputError(
+                f"data.val_part: of {domain} a single token is held out, which makes no two halves: raise "
+                "data.val_fraction, or leave that domain out"
+            )
         ends = begin + 1 + np.flatnonzero(files.val[begin : end - 1] == files.end_of_text)
         middle = (begin + end) // 2
         cut = int(ends[np.abs(ends - middle).argmin()]) if len(ends) else middle

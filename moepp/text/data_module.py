@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from moepp.model.errors import InputError
-from moepp.text.batches import EpochSampler, HeldOutBatches, Part, TrainBatches, TrainOrder
+from moepp.text.batches import EpochSampler, HeldOutBatches, Part, TrainBatches, TrainOrder, part_of
 from moepp.text.litdata_set import GroupedOrder, LitdataSet
 from moepp.text.prepare import check_options, check_range, prepare
 from moepp.text.token_files import TokenFiles
@@ -77,7 +77,7 @@ class TokenDataModule(L.LightningDataModule):
         """Open the token files.
 
         Raises:
-            InputError: they are damaged, of another vocabulary, or hold less than one batch.
+            InputError: they are damaged, of another vocabulary, or hold less than one batch or no `val_part`.
         """
         files = TokenFiles.open(self.folder(progress=False))
         if files.meta["vocab_size"] > padded_vocab_size(self.vocab_size):
@@ -85,6 +85,7 @@ class TokenDataModule(L.LightningDataModule):
                 f"{files.path} has a vocabulary of {files.meta['vocab_size']}, more than the model's "
                 f"{padded_vocab_size(self.vocab_size)}: set data.vocab_size={files.meta['padded_vocab_size']}"
             )
+        part_of(files, self.val_part)  # or why there is none
         self.files = files
         if (tokens := len(files.train)) <= self.seq_len or self.order().batches == 0:
             raise InputError(

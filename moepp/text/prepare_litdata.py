@@ -3,6 +3,9 @@
 `litdata:ROOT` names a folder or bucket with two data sets of token ids, ROOT/train and ROOT/val, both written by
 `litdata.optimize` with a TokensLoader. Their tokenizer is ROOT/tokenizer.json, or `data.tokenizer`. The held-out
 text is copied: it is small, and every validation reads all of it.
+
+Token ids are checked against the tokenizer in all of the held-out text, and in the first, the middle and the last
+chunk of the training text, which is never read as a whole.
 """
 
 import json
@@ -48,8 +51,10 @@ def prepare_litdata(path: str, out_root: str, tokenizer: str | None) -> Path:
         if folder.is_dir():
             return folder
         tokens = np.concatenate([val.chunks[c] for c in range(len(val.chunks.tokens_C))]).astype(np.int64)
-        for name, some in ((val.path, tokens), (train.path, train.chunks[0])):  # the rest is never read as a whole
-            check(some, name, vocabulary)
+        check(tokens, val.path, vocabulary)
+        last = len(train.chunks.tokens_C) - 1
+        for chunk in sorted({0, last // 2, last}):
+            check(train.chunks[chunk], train.path, vocabulary)
         end = vocabulary.end_of_text  # is to stand before the first document and after the last
         tokens = np.pad(tokens, (int(tokens[0] != end), int(tokens[-1] != end)), constant_values=end)
         with whole_or_nothing(folder) as unfinished:

@@ -241,6 +241,23 @@ def test_prepared_folder_of_another_vocabulary(folder: str, tmp_path: Path) -> N
     one_line(error, "vocabulary of 321, more than the model's 320", "data.vocab_size=384")
 
 
+def test_held_out_text_that_makes_no_two_halves(folder: str, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    meta = json.loads((copy / "meta.json").read_text())
+    begin, _ = meta["domains"]["b"]["val_range"]
+    for tokens in (0, 2):  # a domain may have none, and then has none in either half
+        meta["domains"]["b"]["val_range"] = [begin, begin + tokens]
+        (copy / "meta.json").write_text(json.dumps(meta))
+        for part in ("tune", "report"):
+            assert len(opened(str(copy), val_part=part).val_dataloader()) > 0
+    meta["domains"]["b"]["val_range"] = [begin, begin + 1]
+    (copy / "meta.json").write_text(json.dumps(meta))
+    opened(str(copy))
+    with pytest.raises(InputError) as error:
+        opened(str(copy), val_part="report")
+    one_line(error, "data.val_part: of b a single token", "data.val_fraction")
+
+
 def test_truncated_token_file(folder: str, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "val.bin").write_bytes((copy / "val.bin").read_bytes()[:-2])

@@ -234,4 +234,10 @@ def test_bad_sets(root: Path, files: TokenFiles, tmp_path: Path) -> None:
     write_text(tmp_path / "text", {"all": 20})
     few = make(tmp_path, vocab_size=260)
     refused(other, "/val has a token 2", "ends with 259", "data.tokenizer", tokenizer=str(few / "tokenizer.json"))
+    chunks = json.loads((root / "train" / "index.json").read_text())["chunks"]
+    for n in (0, (len(chunks) - 1) // 2, -1):
+        foreign = Path(shutil.copytree(root, tmp_path / f"foreign{n}"))
+        chunk = foreign / "train" / chunks[n]["filename"]
+        chunk.write_bytes(chunk.read_bytes()[:-2] + b"\xff\xff")
+        refused(foreign, "/train has a token 65535", "data.tokenizer")
     refused(root, "training tokens, too few for one batch of 4", seq_len=1000)
