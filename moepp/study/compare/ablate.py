@@ -23,10 +23,11 @@ from rich.table import Table
 
 from moepp.model import InputError, add_zero_computation, count_parameters
 from moepp.study.compare.matrix import Matrix, Run, Start, read_matrix, resolve
-from moepp.study.compare.runs import Workers, execute, visible_gpus
+from moepp.study.compare.runs import Workers, by_commit, execute, visible_gpus
 from moepp.study.compare.speed import step_seconds
 from moepp.study.compare.tune import search
 from moepp.system.files import differences
+from moepp.system.machine import provenance
 from moepp.text.data_module import TokenDataModule
 from moepp.training.checkpoint import checkpoint_of, load, write_checkpoint
 
@@ -85,18 +86,21 @@ def run(verb: str, arguments: list[str]) -> None:
 
     from moepp.study.compare import report  # matplotlib, pandas, scipy: before hours of training, not after
 
-    data = TokenDataModule(**matrix.reference.options["data"])
+    data = TokenDataModule(**(tries + runs)[0].options["data"])
     data.prepare_data()
     data.setup()
     with locked(out) as lock:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # it stops the runs as Ctrl-C does
+        for commit, names in by_commit(tries + runs).items():
+            if commit != provenance()["commit"]:
+                print(f"moepp {verb}: kept as commit {commit} made them: {', '.join(names)}", file=sys.stderr)
         workers = Workers(jobs, matrix.devices, gpus, lock)
 
         def train(runs: list[Run]) -> None:
             refuse_changed_options(runs)
             execute([run for run in runs if not run.finished], workers)
 
-        found = search(matrix, to_tune, out, train)
+        found = search(matrix, to_tune, out, lambda tries: train([run for run in tries if not run.failure]))
         matrix = found.tuned(matrix)
         runs = matrix.runs(settings["seeds"], out)
         if matrix.start is not None:

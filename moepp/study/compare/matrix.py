@@ -1,5 +1,6 @@
 """A matrix of variants → the runs of a study, all options resolved and checked before any run begins."""
 
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,17 +20,9 @@ from moepp.training.checkpoint import step_path
 from moepp.training.start import BudgetConfig
 
 PLOTS = ("curves", "tau", "constants", "compute", "frontier")
-# of a matrix's values
-TYPES = {
-    "base": str,
-    "start": str,
-    "reference": str,
-    "seeds": int,
-    "quick": dict,
-    "sources": dict,
-    "tune": dict,
-    "variants": dict,
-}
+# of the values of a matrix, and of its `quick` and `tune`, which take the place of the matrix's own
+VERSION_TYPES = {"base": str, "start": str, "seeds": int, "jobs": int}
+TYPES = VERSION_TYPES | {"reference": str, "quick": dict, "sources": dict, "tune": dict, "variants": dict}
 STUDY_KEYS = {
     "paper",
     "plots",
@@ -109,9 +102,9 @@ class Run:
     def name(self) -> str:
         return f"{self.folder.parent.name}/{self.folder.name}"
 
-    @property
+    @cached_property
     def options(self) -> dict[str, Any]:
-        """The recipe of this run, resolved from the files as they are now: nothing in it is left to look up."""
+        """The recipe of this run, resolved from the files when first asked for: nothing is left to look up."""
         return self.variant.options_of(self.seed)
 
     @property
@@ -175,10 +168,7 @@ def read_matrix(path: Path) -> dict[str, Any]:
     matrix = read_yaml(path)
     if not isinstance(matrix, dict) or not isinstance(matrix.get("variants"), dict):
         raise InputError(f"{path}: is no matrix: it needs base, reference and variants, see recipes/compare.yaml")
-    if unknown := {str(key) for key in matrix} - set(TYPES):
-        raise InputError(f"{path}: unknown key {min(unknown)!r}: use {', '.join(sorted(TYPES))}")
-    for key, value in matrix.items():
-        require_type(value, TYPES[key], f"{path}: {key}")
+    require_entries(matrix, TYPES, f"{path}:")
     if matrix.get("reference") not in matrix["variants"]:
         raise InputError(f"{path}: its reference {matrix.get('reference')!r} is none of its variants")
     for name, entry in matrix["variants"].items():
@@ -199,15 +189,33 @@ def read_matrix(path: Path) -> dict[str, Any]:
         for quantity, figures in require_type(entry.get("paper", {}), dict, f"{where} paper").items():
             for figure in require_type(figures, dict, f"{where} paper.{quantity}").values():
                 require_type(figure, (int, float), f"{where} paper.{quantity}")
+    require_entries(matrix.get("quick", {}), VERSION_TYPES, f"{path}: quick:")
     if "tune" in matrix:
+        require_entries(matrix["tune"], VERSION_TYPES | {"options": dict}, f"{path}: tune:")
         options = require_type(matrix["tune"].get("options"), dict, f"{path}: tune.options")
         for option, values in options.items():
             numbers = require_type(values, list, f"{path}: tune.options: {option}")
-            if not isinstance(option, str) or not numbers or not all(type(n) in (int, float) for n in numbers):
-                raise InputError(f"{path}: tune.options: {option}: is no option with a list of numbers")
+            finite = all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
+            if not isinstance(option, str) or not numbers or not finite or len(set(numbers)) < len(numbers):
+                raise InputError(f"{path}: tune.options: {option}: is no option with a list of different numbers")
+        if len({last_part(option) for option in options}) < len(options):
+            raise InputError(f"{path}: tune.options: two end alike, and runs could not have folders of their own")
         if "start" in matrix:
             raise InputError(f"{path}: tune: a study that goes on from trained models has nothing to tune them by")
     return matrix
+
+
+def require_entries(mapping: dict[str, Any], types: dict[str, type], name: str) -> None:
+    """Raise an InputError for a key that is none of `types`, and for a value of another type."""
+    if unknown := {str(key) for key in mapping} - set(types):
+        raise InputError(f"{name} unknown key {min(unknown)!r}: use {', '.join(sorted(types))}")
+    for key, value in mapping.items():
+        require_type(value, types[key], f"{name} {key}")
+
+
+def last_part(option: str) -> str:
+    """lr of model.optim.lr."""
+    return option.rpartition(".")[2]
 
 
 def require_type(value: Any, kind: Any, name: str) -> Any:
@@ -239,15 +247,24 @@ def resolve(path: Path, matrix: dict[str, Any], base: Path, overrides: list[str]
         except InputError as error:
             raise InputError(f"{path}: variant {name}: {error}") from error
         variants[name] = variant
-    for name, own in variants.items():
-        if own.flops_of is not None:
-            steps = int(own.steps * variants[own.flops_of].training_flops() / own.training_flops())
-            variants[name] = own.with_options({"trainer.max_steps": max(1, steps)})
+    variants = with_equal_flops(variants)
     for one, two in combinations(variants.values(), 2):
         if one.options == two.options and one.flops_of == two.flops_of:
             raise InputError(f"{path}: variants {one.name} and {two.name} are the same configuration")
     reference = variants[matrix["reference"]]
     return Matrix(path, list(variants.values()), reference, matrix.get("sources", {}), start)
+
+
+def with_equal_flops(variants: dict[str, Variant]) -> dict[str, Variant]:
+    """Those with a `flops_of` trained for as many steps as cost no more than what that one's training costs."""
+    found = {}
+    for name, own in variants.items():
+        if own.flops_of is not None:
+            steps = own.steps * (variants[own.flops_of].training_flops() / own.training_flops())
+            steps = math.floor(steps + 1e-6)  # the same where it is computed again
+            own = own.with_options({"trainer.max_steps": max(1, steps)})
+        found[name] = own
+    return found
 
 
 def fit_options(

@@ -114,7 +114,8 @@ def frontier(results: Results) -> plt.Figure | None:
     for axes, (cost, label) in zip(panels, costs.items(), strict=True):
         lines = points.sort_values(cost).groupby(lambda name: name.partition("_")[0], sort=False)
         for colour, (name, line) in zip(cycle(COLOURS), sorted(lines, key=lambda line: line[0]), strict=False):
-            mean = line["loss_difference"].fillna(0.0)  # of the reference itself
+            of_itself = line["loss_difference_verdict"] == REFERENCE
+            mean = line["loss_difference"].mask(of_itself, 0.0)  # else there is none where no seed is in common
             low, high = (line[f"loss_difference{part}"].fillna(mean) for part in PAIRED[1:3])
             style: dict[str, Any] = {"color": colour, "marker": "o", "capsize": 3, "label": name}
             interval_bars(axes, line[cost], mean, low, high, **style)
@@ -175,7 +176,8 @@ def tune(results: Results) -> plt.Figure | None:
             chosen = tried[tried.chosen].iloc[0]
             axes.plot(tried.groupby(option)["loss"].min(), color=colour, marker="o", markersize=4, label=name)
             axes.plot(chosen[option], chosen.loss, color=colour, marker="*", markersize=13)
-        axes.set_xscale("log")
+        if trials[option].min() > 0:
+            axes.set_xscale("log")
         axes.set_xticks(values := sorted(trials[option].unique()), [f"{value:g}" for value in values])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(option)

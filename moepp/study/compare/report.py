@@ -15,7 +15,8 @@ from rich.markdown import Markdown
 from moepp.study.compare import plots, speed
 from moepp.study.compare.matrix import Matrix, Run
 from moepp.study.compare.results import PAIRED, REFERENCE, Results, read_results
-from moepp.study.compare.tune import Search
+from moepp.study.compare.runs import by_commit
+from moepp.study.compare.tune import Search, matters
 from moepp.study.style import STYLE, save
 from moepp.training.metrics import BITS, FINAL
 
@@ -63,13 +64,17 @@ def markdown(
     folder = FileSystemLoader(Path(__file__).parent)
     templates = Environment(loader=folder, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     rows = results.variants.reset_index().to_dict("records")
+    commits = by_commit([trial.run for trial in search.trials] + runs)
+    tuned = list(search.trials[0].values) if search.trials else []
     text = templates.get_template("report.md.jinja").render(
         matrix=results.matrix,
         reference=results.matrix.reference.name,
         rows=rows,
         trials=results.trials.to_dict("records"),
         tuning=results.trials.sum(numeric_only=True),
-        tuned=list(search.trials[0].values) if search.trials else [],
+        tuned=tuned,
+        idle=[v.name for v in results.matrix.variants for option in tuned if not matters(option, v)],
+        commits=[c if len(commits) == 1 else f"{c} ({', '.join(names)})" for c, names in commits.items()],
         domains=[name.removeprefix(f"{FINAL}{BITS}/") for name in results.runs.filter(like=f"{FINAL}{BITS}/")],
         n_seeds=len({run.seed for run in runs}),
         n_intervals=sum(not math.isnan(row["loss_difference_low"]) for row in rows if not row["flops_of"]),

@@ -34,8 +34,8 @@ class Results:
             are timings, and stand empty or are missing where there are none; all others are the same on every
             repetition.
         trials: a row for each of the search, if there was one: its variant, values, `loss` on the text chosen by,
-            `training_flops` and `seconds`; whether its variant took them (`chosen`), and which of these are the
-            least or the most that was tried (`at_the_edge`).
+            `training_flops` and `seconds`, or its `failure`; whether its variant took them (`chosen`), and which
+            of these are the least or the most that was tried (`at_the_edge`).
     """
 
     matrix: Matrix
@@ -81,7 +81,7 @@ def read_trials(search: Search) -> pd.DataFrame:
             of_option = {values[option] for values in tried}
             if len(of_option) > 1 and value in (min(of_option), max(of_option)):
                 row["at_the_edge"] = f"{row.get('at_the_edge', '')} {option}".strip()
-        row |= {"training_flops": math.nan, "seconds": math.nan}
+        row |= {"failure": trial.run.failure or "", "training_flops": math.nan, "seconds": math.nan}
         if trial.run.finished:
             row["training_flops"] = read_curve(trial.run)[1]
             row["seconds"] = json.loads((trial.run.folder / "result.json").read_text())["seconds"]

@@ -1,5 +1,6 @@
 """The runs of a study, trained: each in a process and a folder of its own, several at once."""
 
+import json
 import os
 import signal
 import subprocess
@@ -128,6 +129,15 @@ def write_failure(run: Run, exit_code: int) -> None:
     output = (run.folder / "output.log").read_text(errors="replace").strip()
     last_line = output.rpartition("\n")[2].strip() or "it printed nothing"
     (run.folder / "failed.txt").write_text(f"exit code {exit_code}: {last_line}\n")
+
+
+def by_commit(runs: list[Run]) -> dict[str, list[str]]:
+    """The names of those that are finished, by the commit that made them."""
+    names: dict[str, list[str]] = {}
+    for run in runs:
+        if run.finished:
+            names.setdefault(json.loads((run.folder / "result.json").read_text())["commit"], []).append(run.name)
+    return names
 
 
 def steps_done(run: Run) -> int:

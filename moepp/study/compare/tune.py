@@ -2,7 +2,7 @@
 
 One option after the other, in the matrix's order: each of its values beside the best of what was found before.
 Every try is a whole run, from a seed that is none of the study's, judged by a half of the held-out text that the
-study does not report on.
+study does not report on. One that has failed is lost, and not repeated until its folder is removed.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moepp.model import InputError
-from moepp.study.compare.matrix import Matrix, Run, Variant
+from moepp.study.compare.matrix import Matrix, Run, Variant, last_part, with_equal_flops
 from moepp.training.metrics import FINAL, LOSS
 
 SEED = 1000  # the study's are below
@@ -32,13 +32,13 @@ class Trial:
 
     @cached_property
     def run(self) -> Run:
-        name = ",".join(f"{option.rpartition('.')[2]}={value}" for option, value in self.values.items())
+        name = ",".join(f"{last_part(option)}={value}" for option, value in self.values.items())
         variant = self.variant.with_options(self.values | {"data.val_part": "tune"})
         return Run(variant, SEED, self.out / "tune" / self.variant.name / name)
 
     @property
     def loss(self) -> float:
-        """Infinite where the run has failed."""
+        """Infinite where the run has failed, or has not been made."""
         if not self.run.finished:
             return math.inf
         loss = json.loads((self.run.folder / "result.json").read_text())[FINAL + LOSS]
@@ -53,23 +53,23 @@ class Search:
     best: dict[str, Trial]  # by variant
 
     def tuned(self, matrix: Matrix) -> Matrix:
-        """Every variant with what was best for it, on the other half of the held-out text; the matrix itself, if
-        nothing was searched for."""
+        """Every variant with what was best for it, on the other half of the held-out text, those with a `flops_of`
+        for as many steps as that then gives; the matrix itself, if nothing was searched for."""
         if not self.trials:
             return matrix
         report = {"data.val_part": "report"}
-        variants = [variant.with_options(self.best[variant.name].values | report) for variant in matrix.variants]
-        reference = next(variant for variant in variants if variant.name == matrix.reference.name)
-        return replace(matrix, variants=variants, reference=reference)
+        variants = {v.name: v.with_options(self.best[v.name].values | report) for v in matrix.variants}
+        variants = with_equal_flops(variants)
+        return replace(matrix, variants=list(variants.values()), reference=variants[matrix.reference.name])
 
 
 def search(
     matrix: Matrix, options: dict[str, list[float]], out: Path, execute: Callable[[list[Run]], None]
 ) -> Search:
-    """Try them all; `execute` trains the runs that it is given, unless they are finished.
+    """Try them all; `execute` trains the runs that it is given, unless they are finished or have failed.
 
     Raises:
-        InputError: an option is unknown.
+        InputError: an option is unknown, or a variant has failed with all values of one.
     """
     best = {variant.name: Trial(variant, present(matrix, variant, options), out) for variant in matrix.variants}
     trials: dict[Path, Trial] = {}  # by folder: a value may be the present one
@@ -77,13 +77,25 @@ def search(
         stage = [
             Trial(variant, best[variant.name].values | {option: value}, out)
             for value, variant in product(values, matrix.variants)
+            if matters(option, variant)
         ]
         execute([trial.run for trial in stage])
         trials |= {trial.run.folder: trial for trial in stage}
-        for variant in matrix.variants:
+        for variant in (variant for variant in matrix.variants if matters(option, variant)):
+            of_option = [trial.run for trial in stage if trial.variant is variant]
+            if all(run.failure for run in of_option):
+                raise InputError(
+                    f"tune: {variant.name} has failed with every value of {option}, the last time with "
+                    f"{of_option[-1].failure}; see {of_option[-1].folder}, and remove what is to be tried again"
+                )
             tried = [trial for trial in trials.values() if trial.variant is variant]
             best[variant.name] = min(tried, key=lambda trial: trial.loss)
     return Search(list(trials.values()), best)
+
+
+def matters(option: str, variant: Variant) -> bool:
+    """β has nothing to balance where there is one expert."""
+    return option != "model.moe.balance_weight" or variant.moe.n_experts > 1
 
 
 def present(matrix: Matrix, variant: Variant, options: dict[str, list[float]]) -> dict[str, float]:
