@@ -6,8 +6,9 @@ zero-computation experts, for the choice alone, leaves those FFN experts in whos
 that spends a budget on given tokens is a quantile of their margins, exactly: there is nothing to search for.
 
 A token must not be chosen for by others of its batch, which would look into the future. So training goes by the
-batches before: by an average of their quantiles. All quantiles are kept, so that a trained model can be given
-another budget.
+batches before: by an average of their quantiles. At its end, text of the training is read again with the weights
+as they are then, for evaluation to go by (`calibrate`). All quantiles are kept, so that a trained model can be
+given another budget.
 
 T tokens, E experts, K choices and J margins a token, L layers, X = 1 for all layers together or L, Q quantiles.
 """
@@ -92,6 +93,18 @@ class Budget(nn.Module):
         self.quantiles_XQ.copy_(quantiles_XQ.where(finite, self.quantiles_XQ))
         self.debt_2X.copy_(torch.stack((debt_X, averaged_X)).where(finite, self.debt_2X))
         self.seen += finite
+
+    @torch.no_grad()
+    def calibrate(self, of_all_devices: Callable[[Tensor], Tensor]) -> None:
+        """Go by what was observed since the last step alone: by the quantiles of all of these margins together,
+        which an average of batches' quantiles is not."""
+        quantiles_NXQ = of_all_devices(torch.stack(self.pending)[..., :QUANTILES])
+        self.pending.clear()
+        # between two quantiles lie as many margins as between any other two
+        middles_NXA = ((quantiles_NXQ[..., 1:] + quantiles_NXQ[..., :-1]) / 2).flatten(0, -3)
+        levels_Q = torch.linspace(0, 1, QUANTILES, device=middles_NXA.device)
+        self.quantiles_XQ.copy_(torch.quantile(middles_NXA.transpose(0, 1).flatten(1), levels_Q, dim=1).T)
+        self.debt_2X.zero_()
 
     @torch.no_grad()
     def spend(self, ffn_per_token: float) -> None:

@@ -1,5 +1,6 @@
 """Text → batches, as Lightning wants it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from moepp.model.errors import InputError
-from moepp.text.batches import EpochSampler, HeldOutBatches, Part, TrainBatches, TrainOrder, part_of
+from moepp.text.batches import Batch, EpochSampler, HeldOutBatches, Part, TrainBatches, TrainOrder, part_of
 from moepp.text.litdata_set import GroupedOrder, LitdataSet
 from moepp.text.prepare import check_options, check_range, prepare
 from moepp.text.token_files import TokenFiles
@@ -101,6 +102,12 @@ class TokenDataModule(L.LightningDataModule):
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
         length = max(accumulate, len(batches) // accumulate * accumulate)
         return ResumableLoader(batches, sampler=EpochSampler(length, self.batches_seen), **self.loader_options())
+
+    def last_batches(self, n_tokens: int) -> Iterator[Batch]:
+        """This device's share of the training batches just before where the trainer stands, of so many tokens."""
+        batches, seen = TrainBatches(self.files, self.order(), self.rank, self.world_size), self.batches_seen()
+        n_batches = -(-n_tokens // (self.batch_size * self.world_size * self.seq_len))
+        return (batches[n] for n in range(max(0, seen - n_batches), seen))
 
     def val_dataloader(self) -> DataLoader:
         """Each token of `val_part` as a target exactly once; any number of first batches is a fair sample."""

@@ -30,6 +30,8 @@ from moepp.training.optimizer import AdamW, by_mesh, total_norm
 from moepp.training.run_folder import say
 from moepp.training.start import BudgetConfig, ConvertConfig, DistillConfig, Teacher, start_from
 
+CALIBRATION_TOKENS = 1 << 17  # that a budget is set by at the end; reading them takes a third of training on them
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -207,6 +209,21 @@ class LitMoE(L.LightningModule):
             now, following = (self.budget.at(i, steps, self.moe.ffn_budget) for i in (step, step + 1))
             self.model.budget.step(now, lambda figures: self.trainer.strategy.reduce(figures, reduce_op="mean"))
             self.model.budget.spend(following)
+
+    def on_train_end(self) -> None:
+        """Set the budget of evaluation by the last training text, read again with the weights as they are now. Not
+        where training was cut short: it would go on from there as another run."""
+        if self.moe.ffn_budget is None or self.trainer.global_step < int(self.trainer.estimated_stepping_batches):
+            return
+        budget, data = self.model.budget, self.trainer.datamodule  # type: ignore[attr-defined]
+        assert budget is not None
+        self.model.eval()
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            for batch in data.last_batches(CALIBRATION_TOKENS):
+                budget.observe(self.model.hidden(batch["inputs"].to(self.device))[1])
+        self.model.train()
+        budget.calibrate(self.all_gather)
+        self.model.set_ffn_budget(self.moe.ffn_budget)
 
     def on_validation_epoch_start(self) -> None:
         if self.moe.ffn_budget is not None and self.trainer.state.fn != "fit":

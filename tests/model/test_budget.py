@@ -88,6 +88,38 @@ def test_debts_are_repaid_in_training_and_evaluation_knows_their_average() -> No
     assert sum(evaluated[150:]) / 50 == pytest.approx(1.2, rel=0.01)
 
 
+def test_calibrated_it_is_spent_on_all_that_was_observed_however_unlike_its_parts_are() -> None:
+    """An average of the parts' quantiles is off by far; so are debts of before. Two devices are as one."""
+    moe = MoEConfig(ffn_budget=0.2)
+    shifts = (-2.0, -1.0, 0.0, 3.0)
+    parts = [torch.randn(4096, 12, generator=torch.Generator().manual_seed(n)) for n in range(4)]
+    for scores_TE, shift in zip(parts, shifts, strict=True):
+        scores_TE[:, :8] += shift - 2
+
+    def spent(budget: Budget) -> float:
+        budget.spend(0.2)
+        (router,) = budget.routers
+        experts_NTK = torch.stack([router.choose(router.biased(part, router.choice_bias[1])) for part in parts])
+        return float((experts_NTK < 8).sum(-1).float().mean())
+
+    averaged, pooled, *two = (Budget(moe, [Router(16, moe)]) for _ in range(4))
+    for scores_TE in parts:
+        step(averaged, [routing_of(scores_TE, moe)], 0.2)
+        pooled.observe([routing_of(scores_TE, moe)])
+    averaged.debt_2X.zero_()
+    assert abs(spent(averaged) / 0.2 - 1) > 0.2
+    pooled.debt_2X.fill_(0.5)
+    pooled.calibrate(lambda quantiles: quantiles)
+    assert spent(pooled) == pytest.approx(0.2, rel=0.02)
+    for budget, some in zip(two, (parts[:2], parts[2:]), strict=True):
+        for scores_TE in some:
+            budget.observe([routing_of(scores_TE, moe)])
+    both = torch.stack([torch.stack(budget.pending)[..., :-1] for budget in two])
+    two[0].calibrate(lambda quantiles: both)
+    assert torch.equal(two[0].quantiles_XQ, pooled.quantiles_XQ)
+    assert not pooled.pending
+
+
 def test_gates_know_nothing_of_it() -> None:
     torch.manual_seed(0)
     moe = MoEConfig(ffn_budget=1.2)

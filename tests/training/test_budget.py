@@ -5,8 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from moepp.cli import main
+from moepp.system.machine import default_precision, product_dtype
+from moepp.text.batches import TrainBatches, TrainOrder
+from moepp.text.token_files import TokenFiles
+from moepp.training.checkpoint import load, read_checkpoint
 from moepp.training.start import BudgetConfig
 from tests.conftest import read_csv, tiny
 
@@ -34,6 +39,38 @@ def test_it_is_held_in_training_and_on_other_text(run: Path) -> None:
     result = json.loads((run / "run/result.json").read_text())
     assert result["ffn_per_token_expected"] == 0.7
     assert result["final/ffn_per_token"] == pytest.approx(0.7, rel=0.06)  # 2,000 tokens of it
+
+
+def test_evaluation_keeps_to_it_on_the_last_text_of_the_training(run: Path, text_file: Path) -> None:
+    """All of it, with the weights and the bias that the checkpoint has."""
+    model = load(run / "run/checkpoints/step-00000120.ckpt").model
+    (folder,) = (run / "data/prepared").glob("small*")
+    files = TokenFiles.open(folder)
+    batches = TrainBatches(files, TrainOrder(len(files.train), 32, 16, seed=0))
+    spent = []
+    with torch.inference_mode(), torch.autocast("cpu", product_dtype(default_precision(torch.device("cpu")))):
+        for n in range(120):
+            routings = model.hidden(batches[n]["inputs"])[1]
+            spent.append(sum(float(r.computed().sum(1).float().mean()) for r in routings) / len(routings))
+    assert sum(spent) / 120 == pytest.approx(0.7, rel=0.01)
+
+
+def test_a_run_that_is_cut_short_is_not_calibrated(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on as if it had not been: here after a stop that Lightning takes for an end."""
+    monkeypatch.chdir(tmp_path)
+    options = [*tiny(text_file), "--model.moe.ffn_budget=0.7", "--trainer.max_steps=6"]
+    assert main(["fit", *options, "--trainer.default_root_dir=whole"]) == 0
+    early = ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
+    early += ["--trainer.callbacks.stopping_threshold=100.0"]  # after the first validation
+    assert main(["fit", *options, *early, "--trainer.default_root_dir=cut"]) == 0
+    cut = "cut/checkpoints/step-00000002.ckpt"
+    assert main(["fit", *options, "--trainer.default_root_dir=cut", f"--ckpt_path={cut}"]) == 0
+    whole, resumed = (
+        read_checkpoint(f"{name}/checkpoints/step-00000006.ckpt")["state_dict"] for name in ("whole", "cut")
+    )
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
 def test_a_trained_model_can_be_given_another(
