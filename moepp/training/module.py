@@ -222,7 +222,7 @@ class LitMoE(L.LightningModule):
             for batch in data.last_batches(CALIBRATION_TOKENS):
                 budget.observe(self.model.hidden(batch["inputs"].to(self.device))[1])
         self.model.train()
-        budget.calibrate(self.all_gather)
+        budget.calibrate(self.trainer.strategy.all_gather)
         self.model.set_ffn_budget(self.moe.ffn_budget)
 
     def on_validation_epoch_start(self) -> None:
