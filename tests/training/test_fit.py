@@ -8,6 +8,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moepp.cli import main
+from moepp.text.batches import part_of
+from moepp.text.token_files import TokenFiles
 from moepp.training.checkpoint import load
 from tests.conftest import RECIPES, read_csv, tiny
 
@@ -32,6 +34,21 @@ def test_loss_falls_to_a_stated_value(trained: Path) -> None:
     assert result["final/perplexity"] == pytest.approx(torch.tensor(result["final/loss"]).exp().item(), rel=1e-4)
     assert 0 < result["final/bits_per_byte"] < 2
     assert result["final/bits_per_byte/small"] == pytest.approx(result["final/bits_per_byte"])
+
+
+def test_each_part_of_the_held_out_text_is_validated_on(text_file: Path, workdir: Path) -> None:
+    """The two halves make up the whole; no part changes the training."""
+    loss, tokens = {}, {}
+    for part in ("all", "tune", "report"):
+        options = ["--trainer.max_steps=1", f"--data.val_part={part}", f"--trainer.default_root_dir={part}"]
+        assert main(["fit", *tiny(text_file), *options]) == 0
+        loss[part] = json.loads(Path(part, "result.json").read_text())["final/loss"]
+        (folder,) = Path("data/prepared").glob("small*")
+        tokens[part] = sum(end - begin for begin, end in part_of(TokenFiles.open(folder), part))
+    assert tokens["tune"] + tokens["report"] == tokens["all"]
+    assert abs(loss["tune"] - loss["report"]) > 1e-3
+    whole = (loss["tune"] * tokens["tune"] + loss["report"] * tokens["report"]) / tokens["all"]
+    assert whole == pytest.approx(loss["all"], abs=1e-3)  # windows are cut at other places
 
 
 def test_metrics_agree_with_each_other_and_between_loggers(trained: Path) -> None:

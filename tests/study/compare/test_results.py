@@ -181,6 +181,39 @@ def test_the_frontier_is_drawn_over_what_was_measured(tmp_path: Path) -> None:
     assert plots.frontier(read_results(matrix, runs, Search([], {}), {})) is None
 
 
+def test_what_has_no_seed_in_common_with_the_reference_is_not_at_its_loss(tmp_path: Path) -> None:
+    variants = [replace(variant(name, VANILLA), plots=("frontier",)) for name in ("a", "b_1", "b_2")]
+    seeds = {"a": (0, 1), "b_1": (0, 1), "b_2": (2,)}
+    runs = [
+        write_run(Run(v, seed, tmp_path / v.name / str(seed)), 5.0 + n, 1.0 + n, (6.0, 5.0))
+        for n, v in enumerate(variants)
+        for seed in seeds[v.name]
+    ]
+    timed = {name: {"speed_rounds": 5, "speed_training": 1.0} for name in seeds}
+    results = read_results(Matrix(Path("m.yaml"), variants, variants[0], {}), runs, Search([], {}), timed)
+    figure = plots.frontier(results)
+    assert figure is not None
+    reference, others = figure.axes[0].containers
+    assert reference.lines[0].get_ydata().tolist() == [0.0]
+    assert others.lines[0].get_ydata().tolist() == [1.0, pytest.approx(math.nan, nan_ok=True)]
+
+
+@pytest.mark.parametrize(("values", "scale"), [((0.0, 0.1, 0.3), "linear"), ((0.01, 0.1, 0.3), "log")])
+def test_a_search_is_drawn_on_a_scale_that_has_its_values(
+    tmp_path: Path, values: tuple[float, ...], scale: str
+) -> None:
+    results, _ = results_of(tmp_path, {"vanilla": [5.0]})
+    trials = pd.DataFrame({"variant": "vanilla", "model.moe.balance_weight": values, "loss": [5.0, 4.9, 5.1]})
+    figure = plots.tune(replace(results, trials=trials.assign(chosen=[False, True, False])))
+    assert figure is not None
+    (axes,) = figure.axes
+    assert axes.get_xscale() == scale
+    figure.canvas.draw()
+    low, high = axes.get_xlim()
+    assert [label.get_text() for label in axes.get_xticklabels()] == [f"{value:g}" for value in values]
+    assert low <= min(values) < max(values) <= high
+
+
 # ---- differences against values worked out by hand ---------------------------------------------------------
 
 

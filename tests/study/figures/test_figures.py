@@ -14,8 +14,11 @@ import pytest
 import torch
 
 from moepp.cli import main
+from moepp.model.router import routers
 from moepp.study.figures import parts_of_speech
+from moepp.study.figures.compute_curve import read_at_budgets
 from moepp.text.corpus_list import Wheel
+from moepp.text.held_out import TextOptions, open_held_out
 from moepp.text.token_files import TokenFiles
 from moepp.training import checkpoint
 from moepp.training.checkpoint import load
@@ -90,6 +93,29 @@ def test_figures_twice_are_the_same_numbers(drawn: Path, capsys: pytest.CaptureF
     assert main(["figures", CKPT, f"--versus={VANILLA}"]) == 0
     assert {path.name: path.read_bytes() for path in drawn.glob("*.csv")} == first
     assert "runs/moepp/1/figures/index.html" in capsys.readouterr().out
+
+
+def test_loss_against_compute_where_each_layer_keeps_to_the_budget(text_file: Path, there: Path) -> None:
+    options = ["--model.moe.ffn_budget=1.2", "--model.moe.budget_over=layer", "--trainer.max_steps=20"]
+    options += ["--trainer.val_check_interval=20", "--trainer.default_root_dir=by_layer"]
+    assert main(["fit", *tiny(text_file), "--data.batch_size=16", *options]) == 0
+    loaded = load("by_layer/checkpoints/step-00000020.ckpt")
+    text = open_held_out(TextOptions(), loaded.meta, loaded.tokenizer, 33)
+    n_tokens = sum(len(tokens_S) for _, tokens_S in text.windows())
+    biases = [router.choice_bias.tolist() for router in routers(loaded.model)]
+    table = read_at_budgets(text, n_tokens, loaded.model)
+    assert table is not None
+    assert table.ffn_per_token.is_monotonic_increasing
+    assert table[table.trained].loss_difference.item() == 0.0
+    model, per_layer = loaded.model.eval(), []
+    model.set_ffn_budget(0.4)
+    for _, tokens_S in text.windows():
+        _, routings = model.hidden(torch.from_numpy(tokens_S[None, :-1]))
+        per_layer.append([routing.computed().sum().item() for routing in routings] + [len(tokens_S) - 1])
+    *ffn_L, n = np.array(per_layer).sum(0)
+    assert (np.array(ffn_L) / n).tolist() == pytest.approx([0.4, 0.4], abs=0.15)  # each of them
+    model.set_ffn_budget(1.2)
+    assert [router.choice_bias.tolist() for router in routers(model)] == biases  # reading leaves it as it was
 
 
 def by_domain(figures: Path) -> dict[str, dict[str, str]]:
