@@ -109,6 +109,7 @@ def test_loss_against_compute_where_each_layer_keeps_to_the_budget(text_file: Pa
     assert table[table.trained].loss_difference.item() == 0.0
     model, per_layer = loaded.model.eval(), []
     model.set_ffn_budget(0.4)
+    assert len({float(router.choice_bias[1]) for router in routers(model)}) == 2
     for _, tokens_S in text.windows():
         _, routings = model.hidden(torch.from_numpy(tokens_S[None, :-1]))
         per_layer.append([routing.computed().sum().item() for routing in routings] + [len(tokens_S) - 1])
