@@ -67,6 +67,9 @@ class TrainingStep:
         with self.autocast:
             loss = self.loss()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def clip(self) -> None:
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -5,6 +5,7 @@
     layers.py   the layer: limits, τ, zero-computation experts, growth
     steps.py    the training step: peers, memory, MFU
     start.py    data and start-up
+    devices.py  several devices: bytes sent, time, memory; ranks.py is what each of them does
     results.py  targets, table, CSV
     plots.py    the picture
 
@@ -28,7 +29,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from moepp.model import InputError
 from moepp.system.machine import default_precision, keep_freed_memory, quiet_lightning
-from tests.bench import layers, plots, results, start, steps
+from tests.bench import devices, layers, plots, results, start, steps
 from tests.bench.peers import NotEqual
 from tests.bench.setting import SIZES, Case, Row, Setting
 
@@ -43,6 +44,7 @@ SECTIONS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "step": steps.step,
     "mfu": steps.mfu,
     "start": start.start,
+    "devices": devices.devices,
 }
 
 
