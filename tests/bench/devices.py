@@ -35,10 +35,12 @@ def devices(at: Setting) -> Iterator[Row]:
     if not numbers:
         yield Row(Case("devices", "all of it"), note="left out: needs two GPUs or more")
         return
-    for n in numbers:
-        by_rank = ranks.on_ranks(n, ranks.traffic, at, CONTESTANTS, min(at.rounds, MOST_ROUNDS))
-        yield from rows(n, by_rank, at, crowd(n, at))
-    memory = {n: ranks.on_ranks(n, ranks.memory, at) for n in (1, *numbers)}
+    memory: dict[int, list[tuple[int, int]]] = {}
+    for n in (1, *numbers):
+        of_ranks = ranks.on_ranks(n, ranks.measure, at, CONTESTANTS, min(at.rounds, MOST_ROUNDS))
+        memory[n] = [held for held, _ in of_ranks]
+        if n > 1:
+            yield from rows(n, [seen for _, seen in of_ranks], at, crowd(n, at))
     for what, i in (("parameters, gradients, AdamW", 0), ("peak of a step", 1)):
         for n, by_rank in memory.items():
             alone = memory[1][0][i] / 1e6

@@ -3,6 +3,7 @@
 L layers, N ranks, E experts, F = n_ffn, B sequences, S positions, D hidden size.
 """
 
+import multiprocessing
 import pickle
 import tempfile
 import time
@@ -43,8 +44,10 @@ def on_ranks(
         NotEqual: on a rank.
         RuntimeError: a rank ended in another error, or took longer than `limit_s`. No process is left.
     """
+    multiprocessing.set_forkserver_preload([__name__])  # else every process imports torch anew
     with tempfile.TemporaryDirectory() as folder:
-        ranks = mp.spawn(rank_of, (n, folder, work, at, *more), nprocs=n, join=False, daemon=True)
+        arguments = n, folder, work, at, *more
+        ranks = mp.start_processes(rank_of, arguments, n, join=False, daemon=True, start_method="forkserver")
         end = time.monotonic() + limit_s
         try:
             while not ranks.join(timeout=max(0.0, end - time.monotonic())):
@@ -298,3 +301,10 @@ def bytes_held(step: ShardedStep) -> int:
     gradients = [gradient for p in parameters if (gradient := p.grad) is not None]
     state = [tensor for tensors in step.optimizer.state.values() for tensor in tensors.values()]
     return sum(local(tensor).nbytes for tensor in [*parameters, *gradients, *state])
+
+
+def measure(
+    at: Setting, contestants: dict[str, tuple[MoEConfig, bool]], rounds: int
+) -> tuple[tuple[int, int], dict[str, Seen]]:
+    """`memory`, and where there are others `traffic`."""
+    return memory(at), traffic(at, contestants, rounds) if dist.get_world_size() > 1 else {}
