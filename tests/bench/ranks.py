@@ -64,6 +64,7 @@ def on_ranks(
         finally:
             for process in ranks.processes:
                 process.kill()
+                process.join()
         return [pickle.loads(Path(folder, f"{rank}").read_bytes()) for rank in range(n)]
 
 
