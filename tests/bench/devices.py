@@ -24,7 +24,7 @@ CONTESTANTS = {  # and whether routing is forced
     "τ = 0.25": (MoEConfig(tau=0.25), True),
     OWN: (MoEConfig(tau=0.75), False),
 }
-MOST_ROUNDS = 5
+CROWDED_ROUNDS = 3  # where processes share cores
 
 
 def devices(at: Setting) -> Iterator[Row]:
@@ -37,15 +37,19 @@ def devices(at: Setting) -> Iterator[Row]:
         return
     memory: dict[int, list[tuple[int, int]]] = {}
     for n in (1, *numbers):
-        of_ranks = ranks.on_ranks(n, ranks.measure, at, CONTESTANTS, min(at.rounds, MOST_ROUNDS))
+        crowded = crowd(n, at)
+        rounds = min(at.rounds, CROWDED_ROUNDS) if crowded else at.rounds
+        of_ranks = ranks.on_ranks(n, ranks.measure, at, CONTESTANTS, rounds)
         memory[n] = [held for held, _ in of_ranks]
         if n > 1:
-            yield from rows(n, [seen for _, seen in of_ranks], at, crowd(n, at))
-    for what, i in (("parameters, gradients, AdamW", 0), ("peak of a step", 1)):
+            yield from rows(n, [seen for _, seen in of_ranks], at, crowded)
+    whole = "above 1/N: what is gathered for a moment, a block's parameters, those of embedding and head"
+    for what, i, note in (("parameters, gradients, AdamW", 0, ""), ("peak of a step", 1, whole)):
         for n, by_rank in memory.items():
             alone = memory[1][0][i] / 1e6
-            values = [figures[i] / 1e6 for figures in by_rank]
-            yield measured(Case("devices", named(n), limit=what), "MB a device", values, ideal=alone / n)
+            megabytes = [figures[i] / 1e6 for figures in by_rank]
+            case = Case("devices", named(n), limit=what)
+            yield measured(case, "MB a device", megabytes, ideal=alone / n, note=note if n > 1 else "")
 
 
 def named(n: int) -> str:
@@ -83,12 +87,16 @@ def rows(n: int, by_rank: list[dict[str, Seen]], at: Setting, crowded: str) -> I
         here_LN = ranks.rows_of(count_NLE, moe.n_ffn).sum(0).double()
         load_L = here_LN.amax(1) / here_LN.mean(1)
         yield measured(case("rows of the fullest device"), "× the mean", load_L.tolist())
-        for what, times in (("all-to-all", exchange), ("step", step)):
+        for what, times, with_wait in (
+            ("all-to-all", exchange, "with the wait for the slowest"),
+            ("step", step, ""),
+        ):
+            note = "; ".join(filter(None, (with_wait, crowded)))
             if name == BARE:
-                yield measured(case(what), "ms a step", [1e3 * s for s in times[name]], note=crowded)
+                yield measured(case(what), "ms a step", [1e3 * s for s in times[name]], note=note)
             else:
                 ratios = [bare / ours for bare, ours in zip(times[BARE], times[name], strict=True)]
-                yield measured(case(f"{what}, speed-up"), "×", ratios, ideal=1 / share, note=crowded)
+                yield measured(case(f"{what}, speed-up"), "×", ratios, ideal=1 / share, note=note)
     row = at.sizes.transformer.hidden_size * at.dtype.itemsize
     for_ffn = sum(
         int(ranks.bytes_of_ffn_rows(seen[name][0].count_NLE, moe.n_ffn, row).sum())
