@@ -275,8 +275,8 @@ def traffic(at: Setting, contestants: dict[str, tuple[MoEConfig, bool]], rounds:
         seen[name] = Seen(count_NLE, rows_L, counts, [], [])
     # every rank has to take as many rounds
     for times in in_turn(list(watched.values()), at.device, rounds, 0.0):
-        for one, s in zip(seen.values(), times, strict=True):
-            one.step.append(s)
+        for figures, s in zip(seen.values(), times, strict=True):
+            figures.step.append(s)
     for name, one in watched.items():
         seen[name].all_to_all = [sum(map(seconds, calls)) for calls in one.calls[-rounds:]]
     return seen
