@@ -15,7 +15,14 @@ WORDS = SENTENCE.split()
 
 
 # few tests that take long: begun last, they would keep one core busy while the others have nothing left
-LONG = ("test_conversion.py", "test_processes.py", "test_ablate.py", "test_export.py", "test_resume.py")
+LONG = (
+    "test_devices.py",
+    "test_conversion.py",
+    "test_processes.py",
+    "test_ablate.py",
+    "test_export.py",
+    "test_resume.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -47,7 +47,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if path.is_dir() and not shards.is_folder(path):
-        raise InputError(f"checkpoint: {path} is a folder: name a checkpoint, as {path}/checkpoints/best.ckpt")
+        raise InputError(f"checkpoint: {path} is a folder: name a file, such as {path}/checkpoints/best.ckpt")
     if not path.exists():
         raise InputError(f"checkpoint: {path} does not exist")
     if (damage := find_damage(path)) is not None:

@@ -29,6 +29,11 @@ def strategy_of(name: Any) -> Any:
     return DDPStrategy(timeout=TIME_LIMIT) if name == "ddp" else name
 
 
+def is_sharded(trainer: Any) -> bool:
+    """By the options of a trainer (a section that is wrong has none)."""
+    return getattr(trainer, "strategy", None) == SHARDED
+
+
 @contextmanager
 def naming_lost_device() -> Iterator[None]:
     """A device that has died, or cannot be reached, shows as an error of whichever collective the others are in.
@@ -55,7 +60,7 @@ class Agreement:
 
     def __init__(self) -> None:
         # of its own, on the CPU: one of GPUs would have to wait for all that they have in hand
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.group = dist.new_group(timeout=TIME_LIMIT, backend="gloo") if dist.is_initialized() else None
         self.asked: tuple[Any, Tensor] | None = None
 
     def any(self, told: bool) -> bool:

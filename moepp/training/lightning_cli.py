@@ -28,7 +28,7 @@ from moepp.training.arguments import OneLineParser, expand_bases, expand_last, v
 from moepp.training.bad_steps import BadSteps
 from moepp.training.checkpoint import CheckpointFiles, read_checkpoint
 from moepp.training.csv_log import CSVLog
-from moepp.training.devices import SHARDED, naming_lost_device, strategy_of
+from moepp.training.devices import is_sharded, naming_lost_device, strategy_of
 from moepp.training.module import LitMoE
 from moepp.training.monitor import Monitor
 from moepp.training.option_names import CLASSES
@@ -133,9 +133,7 @@ class MoECLI(LightningCLI):
         parser.add_class_arguments(Checkpoints, "checkpoints", instantiate=False)
         sources = "data.vocab_size", "model.init_from"
         parser.link_arguments(sources, "model.transformer.vocab_size", compute_fn=self.model_vocab_size)
-        parser.link_arguments(
-            "trainer.strategy", "model.parallel.sharded", compute_fn=lambda name: name == SHARDED
-        )
+        parser.link_arguments("trainer", "model.parallel.sharded", compute_fn=is_sharded)
 
     def model_vocab_size(self, of_data: int, init_from: str | None) -> int:
         """What the data needs, or that of the checkpoint which the model starts from (resumed, it may be gone)."""
@@ -168,7 +166,7 @@ class MoECLI(LightningCLI):
             config["accelerator"] = "cpu"  # Apple's MPS has no float64, which bits per byte is summed in
         self.require_possible(config)
         kwargs["strategy"] = strategy_of(config["strategy"])
-        if config["strategy"] == SHARDED:
+        if is_sharded(config):
             kwargs["inference_mode"] = False  # what is gathered in it could not be used in training
         if config["enable_progress_bar"] is None:
             config["enable_progress_bar"] = sys.stdout.isatty()

@@ -87,7 +87,8 @@ class Summary(L.Callback):
             length = min(SAMPLE_TOKENS, model.transformer.context_length - len(prompt))
             if length < 1:
                 continue
-            whole = generate(model.model, prompt.to(model.device), length).tolist()
+            with trainer.precision_plugin.forward_context():  # which matrices may have been gathered for
+                whole = generate(model.model, prompt.to(model.device), length).tolist()
             after = whole[len(prompt) :]
             if tokens.end_of_text in after:  # not where it is written: no device may stop before the others
                 after = after[: after.index(tokens.end_of_text) + 1]

@@ -1,0 +1,66 @@
+"""Several processes that are the devices of one run: started once, they do one thing after the other together."""
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any
+
+LIMIT = 120  # seconds for one thing
+
+
+class Ranks:
+    """Of n processes the first few, as many as a call wants. What is given to them must be importable."""
+
+    def __init__(self, n: int) -> None:
+        context = get_context("spawn")
+        self.pipes, self.processes = [], []
+        for rank in range(n):
+            here, there = context.Pipe()
+            process = context.Process(target=serve, args=(rank, there), daemon=True)
+            process.start()
+            self.pipes.append(here)
+            self.processes.append(process)
+
+    def run(self, n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What `function` returns in each of n processes, which may form a process group in it."""
+        port = free_port()
+        for pipe in self.pipes[:n]:
+            pipe.send((n, port, function, args))
+        answers = []
+        for rank, pipe in enumerate(self.pipes[:n]):
+            assert pipe.poll(LIMIT), f"rank {rank} does not answer"
+            failed, answer = pipe.recv()
+            assert not failed, f"rank {rank}: {answer}"
+            answers.append(answer)
+        return answers
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        return listening.getsockname()[1]
+
+
+def serve(rank: int, pipe: Connection) -> None:
+    # before anything is imported that looks at it
+    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "OMP_NUM_THREADS": "1"}
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        n, port, function, args = pipe.recv()
+        os.environ |= {"WORLD_SIZE": str(n), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        try:
+            pipe.send((False, function(*args)))
+        except BaseException:
+            pipe.send((True, traceback.format_exc()))
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
