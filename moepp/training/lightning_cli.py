@@ -166,6 +166,7 @@ class MoECLI(LightningCLI):
             config["accelerator"] = "cpu"  # Apple's MPS has no float64, which bits per byte is summed in
         self.require_possible(config)
         kwargs["strategy"] = strategy_of(config["strategy"])
+        kwargs["plugins"] = [CheckpointFiles(), *as_list(config["plugins"])]
         if is_sharded(config):
             kwargs["inference_mode"] = False  # what is gathered in it could not be used in training
         if config["enable_progress_bar"] is None:
@@ -217,11 +218,9 @@ class MoECLI(LightningCLI):
         bad_steps = BadSteps()
         monitor = Monitor(bad_steps)
         callbacks: list[L.Callback] = [self.run_folder, bad_steps, monitor, Summary(monitor)]
-        plugins = as_list(config["plugins"])
         if config["enable_checkpointing"] is not False and not config["fast_dev_run"]:
             self.checkpoints = Checkpoints(**self._get(self.config_init, "checkpoints"))
             callbacks.append(self.checkpoints)
-            plugins = [CheckpointFiles(), *plugins]
         given = as_list(config["callbacks"])
         own_bar = any(isinstance(callback, ProgressBar) for callback in given)
         if config["enable_progress_bar"] and not own_bar:
@@ -230,7 +229,6 @@ class MoECLI(LightningCLI):
             "default_root_dir": str(run_dir),
             "logger": loggers,
             "callbacks": [*callbacks, *given],
-            "plugins": plugins or None,
             "enable_progress_bar": config["enable_progress_bar"] or own_bar,
         }
 
