@@ -71,7 +71,8 @@ class Checkpoints(Checkpoint):
             self.save(trainer, validation_is_due(trainer))
 
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if trainer.state.fn == "fit" and self.agreement.any(self.received is not None):
+        amid_training = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if amid_training and self.agreement.any(self.received is not None):
             self.leave(trainer, validation_due=True)  # begun anew by the run that goes on from here
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

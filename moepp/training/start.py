@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moepp.model import InputError, Transformer, TransformerConfig
 from moepp.model.config import require
+from moepp.model.sharding import as_shards
 from moepp.system.files import differences
 from moepp.training.checkpoint import load, read_checkpoint
 
@@ -87,10 +88,11 @@ def start_from(model: Transformer, path: str, tokenizer_json: str) -> list[str]:
     require_tokenizer("init_from", path, loaded.meta, tokenizer_json)
     named = [f"{key}={new} (the checkpoint's is {old})" for key, old, new in differing(loaded.model, model)]
     state = loaded.model.state_dict()
+    own = model.state_dict()
     shapes = {name: value.shape for name, value in state.items()}
-    if shapes != {name: value.shape for name, value in model.state_dict().items()}:
+    if shapes != {name: value.shape for name, value in own.items()}:
         raise InputError(f"model.init_from: {path} is of another shape: {', '.join(named)}")
-    model.load_state_dict(state)
+    model.load_state_dict({name: as_shards(value, own[name]) for name, value in state.items()})
     return named
 
 
