@@ -35,7 +35,7 @@ def is_sharded(trainer: Any) -> bool:
 
 
 @contextmanager
-def naming_lost_device() -> Iterator[None]:
+def naming_lost_device(strategy: Strategy) -> Iterator[None]:
     """A device that has died, or cannot be reached, shows as an error of whichever collective the others are in.
 
     Raises:
@@ -48,6 +48,8 @@ def naming_lost_device() -> Iterator[None]:
         lost = isinstance(error, dist.DistError) or re.search(r"gloo|Connection closed|Timed out", reason)
         if not lost or isinstance(error, torch.OutOfMemoryError):
             raise
+        for process in getattr(strategy.launcher, "procs", []):  # that this one has started, and that wait for it
+            process.kill()
         raise SystemExit(
             "moepp: the devices lost each other: one ended, cannot be reached, or was waited for longer than "
             f"{TIME_LIMIT.total_seconds() / 60:g} minutes ({reason[:200]}); --ckpt_path=last goes on"

@@ -3,11 +3,13 @@
 torch's own take lists of tensors, which for DTensors must all be of one mesh; an update needs no mesh at all.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -35,7 +37,13 @@ def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:
-    """(): over all devices, the same on each."""
-    norms = [torch.nn.utils.get_total_norm(group) for group in by_mesh(gradients)]
-    norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    """(): over all devices, the same on each. Either all are sharded or none is."""
+    norm = torch.nn.utils.get_total_norm([local(gradient) for gradient in gradients])
+    first: Any = gradients[0]
+    if not hasattr(first, "device_mesh"):
+        return norm
+    mesh = zip(first.device_mesh.shape, first.placements, strict=True)
+    copies = [size for size, placement in mesh if placement.is_replicate()]
+    square = norm.square() / math.prod(copies)
+    dist.all_reduce(square)
+    return square.sqrt()

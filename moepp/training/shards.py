@@ -10,6 +10,7 @@ lie in safetensors, as nothing that is read may run code: DCP's own files are pi
 """
 
 import json
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,7 +95,8 @@ def read_whole(folder: Path) -> dict[str, Tensor]:
     reader = HuggingFaceStorageReader(str(folder))
     described: Any = reader.read_metadata().state_dict_metadata
     named = {name: torch.empty(each.size, dtype=each.properties.dtype) for name, each in described.items()}
-    load(named, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings(action="ignore"):  # that there is only one process
+        load(named, storage_reader=reader, no_dist=True)
     return named
 
 
