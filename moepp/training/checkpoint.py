@@ -8,6 +8,8 @@ import shutil
 import sys
 import time
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,23 @@ class CheckpointFiles(TorchCheckpointIO):
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return read_checkpoint(path)
+
+
+@contextmanager
+def naming_checkpoint(path: str | None, use: str, begun: Callable[[], bool]) -> Iterator[None]:
+    """Lightning restores what a checkpoint holds part by part, and each fails in its own way on a wrong one.
+
+    Raises:
+        InputError: before the work has begun: the checkpoint holds what no run of ours has written.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if path is None or begun() or isinstance(error, InputError | torch.OutOfMemoryError):
+            raise
+        raise InputError(
+            f"{path}: cannot be {use}, what it holds is not a run's state ({type(error).__name__}: {error})"
+        ) from error
 
 
 def described(

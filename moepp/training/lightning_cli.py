@@ -2,8 +2,6 @@
 
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +24,7 @@ from moepp.text.data_module import TokenDataModule
 from moepp.text.tokenizer import padded_vocab_size
 from moepp.training.arguments import OneLineParser, expand_bases, expand_last, value_of
 from moepp.training.bad_steps import BadSteps
-from moepp.training.checkpoint import CheckpointFiles, read_checkpoint
+from moepp.training.checkpoint import CheckpointFiles, naming_checkpoint, read_checkpoint
 from moepp.training.csv_log import CSVLog
 from moepp.training.devices import is_sharded, naming_lost_device, strategy_of
 from moepp.training.module import LitMoE
@@ -326,23 +324,6 @@ def require_seed(seed: Any) -> None:
 def as_list(value: Any) -> list[Any]:
     """Of what Lightning takes one of, several of, or none."""
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
-
-
-@contextmanager
-def naming_checkpoint(path: str | None, use: str, begun: Callable[[], bool]) -> Iterator[None]:
-    """Lightning restores what a checkpoint holds part by part, and each fails in its own way on a wrong one.
-
-    Raises:
-        InputError: before the work has begun: the checkpoint holds what no run of ours has written.
-    """
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if path is None or begun() or isinstance(error, InputError | torch.OutOfMemoryError):
-            raise
-        raise InputError(
-            f"{path}: cannot be {use}, what it holds is not a run's state ({type(error).__name__}: {error})"
-        ) from error
 
 
 def require_sections(options: Any) -> None:
