@@ -1,8 +1,7 @@
 """LitMoE: the loss, the optimizer and the validation of a Transformer under Lightning."""
 
-import math
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import lightning as L
@@ -20,64 +19,16 @@ from moepp.model import (
     mean_load_balance_loss,
     nll_by_token,
 )
-from moepp.model.config import require, require_sensible
 from moepp.model.conversion import bias_at, set_bias
 from moepp.model.sharding import ParallelConfig, shard
 from moepp.system.files import differences
 from moepp.training.checkpoint import described
 from moepp.training.metrics import FINAL, VAL, Validation
-from moepp.training.optimizer import AdamW, by_mesh, total_norm
+from moepp.training.optimizer import AdamW, OptimConfig, by_mesh, total_norm
 from moepp.training.run_folder import say
 from moepp.training.start import BudgetConfig, ConvertConfig, DistillConfig, Teacher, start_from
 
 CALIBRATION_TOKENS = 1 << 17  # that a budget is set by at the end; reading them takes a third of training on them
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW with linear warm-up and cosine decay, by optimizer step.
-
-    Args:
-        lr: peak learning rate.
-        min_lr: where the cosine ends; null means at a tenth of `lr`.
-        warmup_steps: steps from (almost) 0 to `lr`.
-        weight_decay: of matrices alone; gains and constants are not decayed.
-        betas: of AdamW.
-        eps: of AdamW.
-        max_bad_steps: steps with a gradient that is not finite are skipped; after so many in a row the run ends.
-    """
-
-    lr: float = 5e-4
-    min_lr: float | None = None
-    warmup_steps: int = 100
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    max_bad_steps: int = 10
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "warmup_steps", "weight_decay", "eps", "max_bad_steps"):
-            require_sensible(f"optim.{name}", getattr(self, name))
-        require(self.lr > 0, "optim.lr", self.lr, "must be positive")
-        require(0 <= self.lowest_lr <= self.lr, "optim.min_lr", self.min_lr, f"must be between 0 and lr={self.lr}")
-        require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must not be negative")
-        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must not be negative")
-        for beta in self.betas:
-            require(0 <= beta < 1, "optim.betas", self.betas, "must be at least 0 and below 1")
-        require(self.eps > 0, "optim.eps", self.eps, "must be positive")
-        require(self.max_bad_steps >= 1, "optim.max_bad_steps", self.max_bad_steps, "must be at least 1")
-
-    @property
-    def lowest_lr(self) -> float:
-        return self.lr / 10 if self.min_lr is None else self.min_lr
-
-    def lr_at(self, step: int, total_steps: int) -> float:
-        """Learning rate of optimizer step `step` (from 0) of `total_steps`."""
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, total_steps - 1 - self.warmup_steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        return self.lowest_lr + (self.lr - self.lowest_lr) * cosine
 
 
 class LitMoE(L.LightningModule):

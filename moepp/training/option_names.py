@@ -12,7 +12,7 @@ CLASSES = {  # what the options of a section are the fields or arguments of
     "model": ("moepp/training/module.py", "LitMoE"),
     "model.transformer": ("moepp/model/config.py", "TransformerConfig"),
     "model.moe": ("moepp/model/config.py", "MoEConfig"),
-    "model.optim": ("moepp/training/module.py", "OptimConfig"),
+    "model.optim": ("moepp/training/optimizer.py", "OptimConfig"),
     "model.parallel": ("moepp/model/sharding.py", "ParallelConfig"),
     "model.convert": ("moepp/training/start.py", "ConvertConfig"),
     "model.distill": ("moepp/training/start.py", "DistillConfig"),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 
 from moepp.model import InputError, MoEConfig, Transformer, TransformerConfig, mean_load_balance_loss
-from moepp.training.module import OptimConfig
+from moepp.training.optimizer import OptimConfig
 from tests.fuzz.harness import cases, refused
 
 HUGE = st.sampled_from([10**9, 2**40]) | st.integers(2**62, 2**70) | st.just(10**400)

@@ -6,7 +6,8 @@ import torch
 
 from moepp.model import InputError, MoEConfig, TransformerConfig, count_parameters, flops_per_token
 from moepp.training.metrics import BitsPerByte
-from moepp.training.module import LitMoE, OptimConfig
+from moepp.training.module import LitMoE
+from moepp.training.optimizer import OptimConfig
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine() -> None:
