@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor
 
 from moepp.model import InputError
@@ -24,9 +24,7 @@ SHARDED = "fsdp2"  # --trainer.strategy
 
 def strategy_of(name: Any) -> Any:
     """What --trainer.strategy names, where it is ours to make; else what it is."""
-    if name == SHARDED:
-        return Sharded()
-    return DDPStrategy(timeout=TIME_LIMIT) if name == "ddp" else name
+    return Sharded() if name == SHARDED else name
 
 
 def is_sharded(trainer: Any) -> bool:
@@ -36,11 +34,13 @@ def is_sharded(trainer: Any) -> bool:
 
 @contextmanager
 def naming_lost_device(strategy: Strategy) -> Iterator[None]:
-    """A device that has died, or cannot be reached, shows as an error of whichever collective the others are in.
+    """A device that has died, or cannot be reached, shows as an error of whichever collective the others are in,
+    at the latest after TIME_LIMIT.
 
     Raises:
         SystemExit: with one line.
     """
+    strategy._timeout = TIME_LIMIT  # type: ignore[attr-defined]  # Lightning's are 30 minutes, whoever chose them
     try:
         yield
     except RuntimeError as error:  # NCCL's and the store's are dist.DistError, gloo's are not
@@ -91,7 +91,7 @@ class Sharded(ModelParallelStrategy):
     """
 
     def __init__(self) -> None:
-        super().__init__(timeout=TIME_LIMIT)
+        super().__init__()
 
     @property
     def lightning_restore_optimizer(self) -> bool:

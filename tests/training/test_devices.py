@@ -20,12 +20,12 @@ from tests.conftest import read_csv, tiny
 from tests.ranks import Ranks
 
 STEPS = 20
-LAYOUTS = {  # (processes, options): as many sequences a step as one process of 8
-    "ddp": (2, ["--trainer.strategy=ddp"]),
-    "fsdp2": (2, ["--trainer.strategy=fsdp2", "--model.checkpoint_activations=true"]),
-    "expert parallel": (2, ["--trainer.strategy=fsdp2", "--model.parallel.expert=2"]),
-    "both": (4, ["--trainer.strategy=fsdp2", "--model.parallel.expert=2"]),
-    "replicas": (4, ["--trainer.strategy=fsdp2", "--model.parallel.replicas=2", "--model.parallel.expert=2"]),
+LAYOUTS = {  # (processes, top-k, options): as many sequences a step as one process of 8
+    "ddp": (2, 2, ["--trainer.strategy=ddp"]),
+    "fsdp2": (2, 2, ["--trainer.strategy=fsdp2", "--model.checkpoint_activations=true"]),
+    "expert parallel": (2, 1, ["--trainer.strategy=fsdp2", "--model.parallel.expert=2"]),
+    "both": (4, 3, ["--trainer.strategy=fsdp2", "--model.parallel.expert=2"]),
+    "replicas": (4, 2, ["--trainer.strategy=fsdp2", "--model.parallel.replicas=2", "--model.parallel.expert=2"]),
 }
 
 
@@ -53,10 +53,12 @@ def ranks() -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="module")
-def alone(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("alone") / "run"
-    assert main(["fit", *options(text_file, folder, 1)]) == 0
-    return folder
+def alone(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """By top-k the run of one process."""
+    folders = {top_k: tmp_path_factory.mktemp("alone") / "run" for top_k in (1, 2, 3)}
+    for top_k, folder in folders.items():
+        assert main(["fit", *options(text_file, folder, 1, f"--model.moe.top_k={top_k}")]) == 0
+    return folders
 
 
 def fit(ranks: Ranks, processes: int, arguments: list[str]) -> None:
@@ -92,19 +94,24 @@ def assert_same_rows(run: Path, other: Path, first: int = 1) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_as_one_process_of_as_large_a_batch(
-    layout: str, ranks: Ranks, alone: Path, text_file: Path, tmp_path: Path
+    layout: str, ranks: Ranks, alone: dict[int, Path], text_file: Path, tmp_path: Path
 ) -> None:
-    processes, more = LAYOUTS[layout]
-    fit(ranks, processes, options(text_file, tmp_path / "run", processes, *more))
+    processes, top_k, more = LAYOUTS[layout]
+    more = [f"--model.moe.top_k={top_k}", *more]
     run = tmp_path / "run"
-    assert_same_rows(alone, run)
-    assert_same_end(alone, run)
+    fit(ranks, processes, options(text_file, run, processes, *more))
+    assert_same_rows(alone[top_k], run)
+    assert_same_end(alone[top_k], run)
     log = (run / "train.log").read_text()
     assert log.count(f"step {STEPS}/{STEPS}") == log.count("validation loss") == 1  # one log, one summary
+    if layout == "ddp":  # of the others it is looked at below
+        again = tmp_path / "again"
+        fit(ranks, processes, [*options(text_file, again, processes, *more), f"--ckpt_path={step_path(run, 10)}"])
+        assert_same_end(run, again, tolerance=0.0)
 
 
 def test_a_run_goes_on_with_more_and_fewer_devices(
-    ranks: Ranks, alone: Path, text_file: Path, tmp_path: Path
+    ranks: Ranks, alone: dict[int, Path], text_file: Path, tmp_path: Path
 ) -> None:
     """4 → 1, 4 → 2 otherwise sharded, and 1 → 4, from the middle to the same end."""
     four, sharded = tmp_path / "four", "--trainer.strategy=fsdp2"
@@ -116,10 +123,10 @@ def test_a_run_goes_on_with_more_and_fewer_devices(
     to_one, to_two, from_one = (tmp_path / name for name in ("one", "two", "from_one"))
     assert main(["fit", *options(text_file, to_one, 1), f"--ckpt_path={middle}"]) == 0
     fit(ranks, 2, [*options(text_file, to_two, 2, sharded), f"--ckpt_path={middle}"])
-    fit(ranks, 4, [*options(text_file, from_one, 4, *spread), f"--ckpt_path={step_path(alone, 10)}"])
+    fit(ranks, 4, [*options(text_file, from_one, 4, *spread), f"--ckpt_path={step_path(alone[2], 10)}"])
     for run in (to_one, to_two, from_one):
-        assert_same_rows(alone, run, first=11)
-        assert_same_end(alone, run)
+        assert_same_rows(alone[2], run, first=11)
+        assert_same_end(alone[2], run)
     # and as it was: to the last bit
     again = tmp_path / "again"
     fit(ranks, 4, [*options(text_file, again, 4, *spread), f"--ckpt_path={middle}"])

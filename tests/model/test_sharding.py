@@ -1,0 +1,70 @@
+"""A sharded model computes what one process computes, compiled and with activations computed again, too."""
+
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moepp.model import MoEConfig, Transformer, TransformerConfig, linear_cross_entropy, mean_load_balance_loss
+from moepp.model.sharding import ParallelConfig, shard
+from tests.ranks import Ranks
+
+CONFIG = TransformerConfig(128, 3, 32, 48, 4, context_length=16)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.end()
+
+
+def loss_of(model: Transformer, tokens_BS: Tensor, bf16: bool) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        hidden_BSD, routings = model.hidden(tokens_BS[:, :-1])
+        targets_N = tokens_BS[:, 1:].flatten()
+        loss = linear_cross_entropy(hidden_BSD.flatten(0, 1), model.head.weight, targets_N)
+        return loss + 0.01 * mean_load_balance_loss(routings)
+
+
+def difference(parallel: ParallelConfig, bf16: bool, compiled: bool) -> float:
+    """The largest of all gradients', of the largest value in each. Weights are drawn alike."""
+    dist.init_process_group("gloo")
+    rank, n = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    whole = Transformer(CONFIG, MoEConfig())
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        sharded = Transformer(CONFIG, MoEConfig())
+    if compiled:
+        for block in sharded.blocks:
+            block.compile(backend="eager")  # what could go wrong is the tracing
+        sharded.checkpoint_activations = True
+    shard(sharded, parallel, CPU, torch.bfloat16 if bf16 else None)
+    sharded.materialize(CPU)
+    for name, value in sharded.state_dict().items():
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
+        assert torch.equal(value, whole.state_dict()[name]), name
+    tokens_BS = torch.randint(CONFIG.vocab_size, (4 * n, 17), generator=torch.Generator().manual_seed(1))
+    loss_of(sharded, tokens_BS[rank::n], bf16).backward()
+    with mock.patch.object(dist, "is_initialized", return_value=False):  # all tokens are here
+        loss_of(whole, tokens_BS, bf16).backward()
+    largest = 0.0
+    for (name, one), other in zip(whole.named_parameters(), sharded.parameters(), strict=True):
+        gradient = other.grad.full_tensor()
+        assert gradient.dtype == torch.float32, name
+        largest = max(largest, float((gradient - one.grad).abs().max() / one.grad.abs().max()))
+    return largest
+
+
+@pytest.mark.parametrize(
+    ("expert", "bf16", "compiled", "tolerance"),
+    [(1, False, False, 1e-4), (2, False, True, 1e-4), (1, True, False, 2e-2)],
+)
+def test_gradients_of_one_process(ranks: Ranks, expert: int, bf16: bool, compiled: bool, tolerance: float) -> None:
+    parallel = ParallelConfig(expert, sharded=True)
+    assert max(ranks.run(2, difference, parallel, bf16, compiled)) < tolerance
