@@ -32,10 +32,10 @@ class Ranks:
         answers = []
         for rank, pipe in enumerate(self.pipes[:n]):
             assert pipe.poll(LIMIT), f"rank {rank} does not answer"
-            failed, answer = pipe.recv()
+            answers.append(pipe.recv())
+        for rank, (failed, answer) in enumerate(answers):
             assert not failed, f"rank {rank}: {answer}"
-            answers.append(answer)
-        return answers
+        return [answer for _, answer in answers]
 
     def end(self) -> None:
         for process in self.processes:

@@ -67,6 +67,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def read_rest(path: str | Path) -> dict[str, Any]:
+    """The same without the tensors of a folder's shards, which may be many.
+
+    Raises:
+        InputError: as `read_checkpoint`, but for damage to shards.
+    """
+    return read_checkpoint(Path(path, shards.REST) if shards.is_folder(path) else path)
+
+
 def find_damage(path: str | Path) -> str | None:
     """What is wrong with the archive by its own checksums; None where nothing is.
 

@@ -16,7 +16,7 @@ from moepp.model import InputError
 from moepp.model.sharding import as_shards
 from moepp.system.files import fsync_folder
 from moepp.training import shards
-from moepp.training.checkpoint import read_checkpoint, remove_checkpoint, write_checkpoint
+from moepp.training.checkpoint import read_rest, remove_checkpoint, write_checkpoint
 
 TIME_LIMIT = timedelta(minutes=10)  # how long a device is waited for
 SHARDED = "fsdp2"  # --trainer.strategy
@@ -130,7 +130,7 @@ class Sharded(ModelParallelStrategy):
         """The checkpoint with of every tensor what this device keeps of it."""
         path = Path(self.broadcast(checkpoint_path))
         is_folder = shards.is_folder(path)
-        checkpoint = read_checkpoint(path / shards.REST if is_folder else path)
+        checkpoint = read_rest(path)
         assert self.lightning_module is not None
         self.lightning_module.on_load_checkpoint(checkpoint)  # names what does not fit; Lightning asks too late
         named = shards.take_shards(self.template(checkpoint["moepp"]))

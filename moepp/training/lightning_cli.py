@@ -24,7 +24,7 @@ from moepp.text.data_module import TokenDataModule
 from moepp.text.tokenizer import padded_vocab_size
 from moepp.training.arguments import OneLineParser, expand_bases, expand_last, value_of
 from moepp.training.bad_steps import BadSteps
-from moepp.training.checkpoint import CheckpointFiles, naming_checkpoint, read_checkpoint
+from moepp.training.checkpoint import CheckpointFiles, naming_checkpoint, read_rest
 from moepp.training.csv_log import CSVLog
 from moepp.training.devices import is_sharded, naming_lost_device, strategy_of
 from moepp.training.module import LitMoE
@@ -239,7 +239,7 @@ class MoECLI(LightningCLI):
         path = self._get(self.config_init, "ckpt_path")
         if path is None:
             return 0
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_rest(path)
         state = ("optimizer_states", "lr_schedulers", "loops") if self.subcommand == "fit" else ()
         for key in ("pytorch-lightning_version", "global_step", *state):
             if key not in checkpoint:

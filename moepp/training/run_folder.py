@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from moepp.model import InputError
 from moepp.system.files import differences
-from moepp.training.checkpoint import read_checkpoint, step_checkpoints
+from moepp.training.checkpoint import read_rest, step_checkpoints
 
 
 class RunFolder(L.Callback):
@@ -88,7 +88,7 @@ def result_of(checkpoint: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     result = json.loads(path.read_text())
-    return result if result["step"] == read_checkpoint(checkpoint).get("global_step") else None
+    return result if result["step"] == read_rest(checkpoint).get("global_step") else None
 
 
 def newest_config(run_dir: Path) -> Path | None:

@@ -12,7 +12,7 @@ from moepp.model import InputError, Transformer, TransformerConfig
 from moepp.model.config import require
 from moepp.model.sharding import as_shards
 from moepp.system.files import differences
-from moepp.training.checkpoint import load, read_checkpoint
+from moepp.training.checkpoint import load, read_rest
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class BudgetConfig:
 
 def described_in(path: str) -> dict[str, dict[str, Any]]:
     """The configurations of a checkpoint's model, as `--model.transformer` and `--model.moe` take them."""
-    meta = read_checkpoint(path)["moepp"]
+    meta = read_rest(path)["moepp"]
     return {part: meta[part] for part in ("transformer", "moe")}
 
 
