@@ -111,7 +111,7 @@ class Sharded(ModelParallelStrategy):
         Strategy.load_optimizer_state_dict(self, checkpoint)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Written beside and renamed: what stands at `filepath` is whole at every moment."""
+        """Written beside and renamed: what stands at `filepath` is whole, or is not there."""
         path = Path(self.broadcast(filepath))
         beside = path.with_name(path.name + ".tmp")
         if self.is_global_zero:

@@ -55,6 +55,8 @@ class Checkpoints(Checkpoint):
         self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
         self.agreement = Agreement()
         if trainer.is_global_zero:
+            for unfinished in Path(trainer.default_root_dir).glob("checkpoints/*.tmp"):  # a kill came in between
+                remove_checkpoint(unfinished)
             for path in step_checkpoints(Path(trainer.default_root_dir)):
                 if step_of(path) > trainer.global_step:  # damaged: this run goes on from the one before
                     remove_checkpoint(path)
