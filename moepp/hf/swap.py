@@ -73,6 +73,7 @@ def swap_moe(
             balance_weight=balance_weight,
             gating_residual=gating_residual,
             balance_groups=n_added > 0,
+            balance_over="device",  # processes of a Trainer need not have as many tokens, or all ask for the loss
             score_bias=n_added > 0,
             **vanilla(layer, f"swap_moe: {type(model).__name__}, layer {i}"),
         )

@@ -18,13 +18,13 @@ def count_assignments(experts_TK: Tensor, n_experts: int) -> Tensor:
     return one_hot_EA.sum(1)
 
 
-def shares(count_XE: Tensor, n_tokens: int, moe: MoEConfig) -> Tensor:
+def shares(count_XE: Tensor, moe: MoEConfig) -> Tensor:
     """f_i (…, E), the share of tokens that chose expert i: of this device's tokens, or of all devices' in
-    `balance_over: batch`, where each has as many (arXiv 2501.11873)."""
+    `balance_over: batch` (arXiv 2501.11873), where all have to ask for it."""
     if moe.balance_over == "batch" and dist.is_initialized():
-        count_XE, n_tokens = count_XE.clone(), n_tokens * dist.get_world_size()
+        count_XE = count_XE.clone()
         dist.all_reduce(count_XE)
-    return count_XE / n_tokens
+    return count_XE / (count_XE.sum(-1, keepdim=True) / moe.top_k)  # each token has K choices
 
 
 def load_balance_loss(probs_TE: Tensor, f_E: Tensor, moe: MoEConfig) -> Tensor:

@@ -87,8 +87,8 @@ class Budget(nn.Module):
         weight = (1 / (self.seen + 1)).clamp(min=WEIGHT)  # the first steps all count alike
         begun = self.seen > 0  # before, nobody was asked to keep to a budget
         debt_X = self.debt_2X[0] + (spent_X1[:, 0] - ffn_per_token) * begun
-        # no more than one step can repay: the first steps, in which the router runs ahead of the average, would else
-        # be paid for with many steps without any FFN expert
+        # no more than one step can repay: the first steps, in which the router runs ahead of the average, would
+        # else be paid for with many steps without any FFN expert
         fewest, most = self.moe.ffn_range
         debt_X = debt_X.clamp(ffn_per_token - most, ffn_per_token - fewest)
         averaged_X = torch.lerp(self.debt_2X[1], debt_X, DEBT_WEIGHT)

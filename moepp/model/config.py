@@ -25,7 +25,8 @@ class MoEConfig:
         top_k: experts chosen per token, K.
         tau: τ > 0. The smaller, the more tokens go to zero-computation experts (equations 7 and 8).
         balance_weight: β, the weight of the load-balance loss.
-        capacity_factor: γ > 0 of the heterogeneous capacity (equation 8); null is dropless.
+        capacity_factor: γ > 0 of the heterogeneous capacity (equation 8), of each device's own tokens; null is
+            dropless.
         gating_residual: add the previous layer's logits, mapped by an E×E matrix, to this layer's (equation 6).
         router_depth: 1 for a linear router, 2 for linear, tanh, linear with a hidden width of 8·E.
         scale_expert_input: released checkpoints only: experts (not the router) receive x times this.
@@ -35,8 +36,8 @@ class MoEConfig:
         renormalize: False, in some models of others: gates are the chosen experts' probabilities among all E.
         balance_groups: balance FFN experts as one group against zero-computation experts as another, and no
             expert within them (arXiv 2605.18643).
-        balance_over: take the share of tokens that chose an expert over the whole batch of a step, of all devices,
-            or over each device's part.
+        balance_over: take the share of tokens that chose an expert over a batch of all devices (a micro-batch,
+            where gradients are accumulated), or over each device's part.
         score_bias: the scores of zero-computation experts have a bias, which a schedule sets (conversion.py).
         ffn_budget: FFN experts per token and layer that training holds, in the mean, by a bias on the choice
             (budget.py); null is the paper's method, where τ only suggests how many.

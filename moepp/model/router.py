@@ -66,7 +66,7 @@ class Routing:
 def mean_load_balance_loss(routings: list[Routing]) -> Tensor:
     """Mean of L_b over the MoE layers, what β multiplies."""
     count_LE = torch.stack([routing.tokens_per_expert() for routing in routings])
-    f_LE = balance.shares(count_LE.to(routings[0].scores.dtype), len(routings[0].experts), routings[0].moe)
+    f_LE = balance.shares(count_LE.to(routings[0].scores.dtype), routings[0].moe)
     losses = [balance.load_balance_loss(r.probs, f_E, r.moe) for r, f_E in zip(routings, f_LE, strict=True)]
     return torch.stack(losses).mean()
 

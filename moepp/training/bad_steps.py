@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moepp.training.checkpoint import last_checkpoint
@@ -58,7 +59,12 @@ class BadSteps(L.Callback):
         step, run_dir = trainer.global_step, Path(trainer.default_root_dir)
         where = f"in {row} steps in a row, {'up to' if self.in_a_row else 'before'} step {step}"
         dump = run_dir / "checkpoints" / f"bad-step-{step:08d}.ckpt"
-        content: dict[str, Any] = {"state_dict": model.state_dict(), "batches": self.batches}
+        batches = [{name: value.cpu() for name, value in batch.items()} for batch in self.batches]
+        if trainer.world_size > 1:  # whose it was nobody knows
+            of_devices: list[Any] = [None] * trainer.world_size
+            dist.all_gather_object(of_devices, batches)
+            batches = [batch for part in of_devices for batch in part]
+        content: dict[str, Any] = {"state_dict": model.state_dict(), "batches": batches}
         model.on_save_checkpoint(content)
         trainer.strategy.save_checkpoint(content, dump)
         line = (

@@ -39,6 +39,8 @@ def write_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
             torch.save(checkpoint, file)
         except RuntimeError as error:  # where the disk fills up, torch's zip writer stumbles over its own position
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+        if path.is_dir():  # of shards, which a file cannot replace
+            remove_checkpoint(path)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         InputError: missing, damaged, or not written by moepp.
     """
     path = Path(path)
-    if path.is_dir() and not shards.is_folder(path):
+    if path.is_dir() and path.suffix != ".ckpt":
         raise InputError(f"checkpoint: {path} is a folder: name a file, such as {path}/checkpoints/best.ckpt")
     if not path.exists():
         raise InputError(f"checkpoint: {path} does not exist")

@@ -258,9 +258,10 @@ class MoECLI(LightningCLI):
                 done = f"finished at step {self.begun_step} already"
                 say(self.trainer, f"{done}: a larger --trainer.max_steps goes on")
             keep_freed_memory(self.trainer.strategy.root_device)
+            naming = naming_checkpoint(kwargs.get("ckpt_path"), "continued", lambda: model.training_begun)
+            with naming, naming_lost_device(self.trainer.strategy):
+                self.trainer.fit(model, datamodule=datamodule, **kwargs)
             with naming_lost_device(self.trainer.strategy):
-                with naming_checkpoint(kwargs.get("ckpt_path"), "continued", lambda: model.training_begun):
-                    self.trainer.fit(model, datamodule=datamodule, **kwargs)
                 if self.trainer.state.finished and not config["fast_dev_run"]:
                     if self.checkpoints is not None:
                         self.checkpoints.save(self.trainer)
@@ -275,8 +276,8 @@ class MoECLI(LightningCLI):
         if ckpt_path is None:
             raise InputError("ckpt_path: name the checkpoint, for example runs/moepp/1/checkpoints/best.ckpt")
         self.model.parallel.require_fits(self.model.transformer, self.model.moe, self.trainer.world_size)
-        named = naming_checkpoint(ckpt_path, "evaluated", lambda: self.model.evaluation_begun)
-        with naming_lost_device(self.trainer.strategy), named:
+        naming = naming_checkpoint(ckpt_path, "evaluated", lambda: self.model.evaluation_begun)
+        with naming, naming_lost_device(self.trainer.strategy):
             getattr(self.trainer, str(self.subcommand))(ckpt_path=ckpt_path, **kwargs | {"verbose": False})
         for name, value in self.trainer.callback_metrics.items():
             print(f"{name:<40} {value:.4f}")

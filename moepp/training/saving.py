@@ -54,6 +54,8 @@ class Checkpoints(Checkpoint):
         # when it is through, Lightning brings back those from before the run
         self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
         self.agreement = Agreement()
+        # Lightning's own question after SIGTERM, whose answer is always no here, costs a collective in every batch
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         if trainer.is_global_zero:
             for unfinished in Path(trainer.default_root_dir).glob("checkpoints/*.tmp"):  # a kill came in between
                 remove_checkpoint(unfinished)
@@ -71,6 +73,11 @@ class Checkpoints(Checkpoint):
             self.leave(trainer, validation_is_due(trainer))
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
             self.save(trainer, validation_is_due(trainer))
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "validate":  # after the training, whose checkpoint is written: leave at once
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, exit_by)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         amid_training = trainer.state.fn == "fit" and not trainer.sanity_checking
@@ -105,14 +112,15 @@ class Checkpoints(Checkpoint):
         """Make best.ckpt a name of this step's file, if it is the best so far."""
         path = step_path(Path(trainer.default_root_dir), trainer.global_step)
         if trainer.global_step == self.best_step and path.exists():
-            beside = path.with_name("best.ckpt.tmp")
+            best, beside = path.with_name("best.ckpt"), path.with_name("best.ckpt.tmp")
             remove_checkpoint(beside)
             if path.is_dir():
                 shutil.copytree(path, beside, copy_function=link)
-                remove_checkpoint(path.with_name("best.ckpt"))  # only a file can be replaced
             else:
                 link(path, beside)
-            os.replace(beside, path.with_name("best.ckpt"))
+            if path.is_dir() or best.is_dir():  # only a file can replace, and be replaced
+                remove_checkpoint(best)
+            os.replace(beside, best)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
@@ -127,6 +135,10 @@ class Checkpoints(Checkpoint):
         told = self.received or signal.SIGTERM
         say(trainer, f"stopped by {told.name} after step {trainer.global_step}: {path} is written")
         raise SystemExit(128 + told)
+
+
+def exit_by(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def link(path: str | Path, name: str | Path) -> None:

@@ -27,7 +27,7 @@ HEAD = "model.head.weight"
 
 
 def is_folder(path: str | Path) -> bool:
-    return Path(path, REST).is_file()
+    return Path(path).is_dir() and Path(path).suffix == ".ckpt"
 
 
 def tensors_of(checkpoint: dict[str, Any]) -> Iterator[tuple[str, dict[Any, Any], Any]]:

@@ -26,7 +26,7 @@ def test_reference_cases(case: dict) -> None:
     logits = torch.tensor(case["logits"], dtype=torch.float64)
     experts = logits.topk(moe.top_k).indices
     assert count_assignments(experts, moe.n_experts).tolist() == case["selected_per_expert"]
-    f = shares(count_assignments(experts, moe.n_experts).double(), len(experts), moe)
+    f = shares(count_assignments(experts, moe.n_experts).double(), moe)
     loss = load_balance_loss(logits.softmax(-1), f, moe)
     assert loss.item() == pytest.approx(case["load_balance_loss"], rel=1e-6)
     loss32 = load_balance_loss(logits.float().softmax(-1), f.float(), moe)

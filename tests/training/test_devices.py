@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -143,13 +144,21 @@ def test_one_file_can_be_made_of_shards(ranks: Ranks, text_file: Path, tmp_path:
     whole, back = (load(path).model.state_dict() for path in (best, tmp_path / "back.ckpt"))
     assert all(torch.equal(value, back[name]) for name, value in whole.items())
     assert main(["validate", *options(text_file, run, 1), f"--ckpt_path={best}"]) == 0, capsys.readouterr().err
+    # in its own folder the run goes on in one process, in one file, and sharded again
+    for processes, more in ((1, "--trainer.max_steps=21"), (2, "--trainer.max_steps=22")):
+        arguments = [*options(text_file, run, processes, more), f"--ckpt_path={step_path(run, 19 + processes)}"]
+        if processes == 1:
+            assert main(["fit", *arguments]) == 0, capsys.readouterr().err
+            assert step_path(run, 21).is_file()
+        else:
+            fit(ranks, 2, [*arguments, "--trainer.strategy=fsdp2"])
     # damage is found, named, and passed over
-    last = step_path(run, STEPS)
+    last = step_path(run, 22)
     shard = max(last.glob("shard-*"))
     content = bytearray(shard.read_bytes())
     content[-3] ^= 1
     shard.write_bytes(content)
-    assert last_checkpoint(run) == step_path(run, 10)
+    assert last_checkpoint(run) == step_path(run, 21)
     assert f"checksum of {shard.name}" in capsys.readouterr().err
     shard.unlink()
     with pytest.raises(Exception, match=f"{shard.name} is missing"):
@@ -315,6 +324,20 @@ class TestTwoProcesses:
         code, errors = pair.end()
         assert code == 1
         assert re.fullmatch("moepp: the devices lost each other.*\n", errors)
+
+    def test_a_port_that_is_taken(self, text_file: Path, workdir: Path, alone: dict[int, Path]) -> None:
+        """Also where a run goes on; and no process is left that waits for the first."""
+        with socket.socket() as taken:
+            taken.bind(("localhost", 0))
+            taken.listen()
+            port = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(taken.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+            arguments = options(text_file, Path("run"), 2, "--trainer.strategy=ddp")
+            begun = f"--ckpt_path={step_path(alone[2], 10)}"
+            command = [sys.executable, "-m", "moepp", "fit", *arguments, begun]
+            environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | port
+            ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == 1
+        assert re.fullmatch("moepp: the devices lost each other.*address already in use.*\n", ended.stderr)
 
     def test_one_that_hangs_is_not_waited_for_forever(self, text_file: Path, workdir: Path) -> None:
         short = "from datetime import timedelta\nfrom moepp.training import devices\nfrom moepp.cli import main\n"
