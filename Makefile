@@ -75,8 +75,8 @@ resume: setup ## continue the newest run of RECIPE
 generate: setup ## PROMPT="…": text from the newest checkpoint, or from CKPT=…
 	@$(MOEPP) generate --prompt="$$PROMPT" $(if $(CKPT),--ckpt='$(CKPT)') $(ARGS)
 
-test: setup ## the test suite, on all cores
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+test: setup ## the test suite, on all cores (ARGS="-m heavy": its heavy part, which is left out otherwise)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m 'not heavy' $(ARGS)
 
 soak: setup ## kill training runs at random moments and see that nothing is lost
 	$(VENV)/bin/python -m tests.soak $(ARGS)

@@ -45,8 +45,8 @@ def naming_lost_device(strategy: Strategy) -> Iterator[None]:
         yield
     except RuntimeError as error:  # NCCL's and the store's are dist.DistError, gloo's are not
         reason = " ".join(str(error).split())
-        lost = isinstance(error, dist.DistError) or re.search(r"gloo|Connection closed|Timed out", reason)
-        if not lost or isinstance(error, torch.OutOfMemoryError):
+        of_gloo = dist.is_initialized() and re.search(r"gloo|Connection closed|Timed out", reason)
+        if not (isinstance(error, dist.DistError) or of_gloo):
             raise
         for process in getattr(strategy.launcher, "procs", []):  # that this one has started, and that wait for it
             process.kill()
@@ -89,9 +89,6 @@ class Sharded(ModelParallelStrategy):
     A checkpoint is a folder of shards (shards.py); one file, or a folder that more or fewer devices wrote, is read
     as well.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
 
     @property
     def lightning_restore_optimizer(self) -> bool:

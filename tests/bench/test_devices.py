@@ -20,6 +20,7 @@ AT = Setting(SIZES["toy"], torch.device("cpu"), rounds=1, seconds=0.0)
 FORCED = {"τ = 0.75": (MoEConfig(tau=0.75), True)}
 
 
+@pytest.mark.heavy
 def test_the_section(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "ON_CPU", (2,))
     rows = {row.case.name: row for row in devices.devices(AT)}

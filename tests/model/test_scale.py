@@ -226,6 +226,7 @@ def planned(job: Job) -> dict[str, float]:
     }
 
 
+@pytest.mark.heavy
 def test_memory_and_bytes_are_those_of_a_step_on_two_processes() -> None:
     for job, measured in zip(of_size(2), run(2), strict=True):
         assert planned(job) == pytest.approx(measured, rel=0.05, abs=1000), job

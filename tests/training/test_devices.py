@@ -25,8 +25,7 @@ LAYOUTS = {  # (processes, top-k, options): as many sequences a step as one proc
     "ddp": (2, 2, ["--trainer.strategy=ddp"]),
     "fsdp2": (2, 2, ["--trainer.strategy=fsdp2", "--model.checkpoint_activations=true"]),
     "expert parallel": (2, 1, ["--trainer.strategy=fsdp2", "--model.parallel.expert=2"]),
-    "both": (4, 3, ["--trainer.strategy=fsdp2", "--model.parallel.expert=2"]),
-    "replicas": (4, 2, ["--trainer.strategy=fsdp2", "--model.parallel.replicas=2", "--model.parallel.expert=2"]),
+    "replicas": (4, 3, ["--trainer.strategy=fsdp2", "--model.parallel.replicas=2", "--model.parallel.expert=2"]),
 }
 
 
@@ -111,6 +110,7 @@ def test_as_one_process_of_as_large_a_batch(
         assert_same_end(run, again, tolerance=0.0)
 
 
+@pytest.mark.heavy
 def test_a_run_goes_on_with_more_and_fewer_devices(
     ranks: Ranks, alone: dict[int, Path], text_file: Path, tmp_path: Path
 ) -> None:
@@ -301,6 +301,7 @@ class Pair:
         return code, self.process.stderr.read()
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for a process's children in /proc")
 class TestTwoProcesses:
     @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -341,11 +342,11 @@ class TestTwoProcesses:
 
     def test_one_that_hangs_is_not_waited_for_forever(self, text_file: Path, workdir: Path) -> None:
         short = "from datetime import timedelta\nfrom moepp.training import devices\nfrom moepp.cli import main\n"
-        short += "devices.TIME_LIMIT = timedelta(seconds=15)"
+        short += "devices.TIME_LIMIT = timedelta(seconds=12)"
         pair = Pair(text_file, "--trainer.strategy=ddp", script=short)
         os.kill(pair.second, signal.SIGSTOP)
         begun = time.monotonic()
         code, errors = pair.end()
         assert code == 1
-        assert "was waited for longer than 0.25 minutes" in errors
+        assert "was waited for longer than 0.2 minutes" in errors
         assert time.monotonic() - begun < 40

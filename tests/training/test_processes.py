@@ -48,6 +48,7 @@ def start(command: list[str], environment: dict[str, str]) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("launch", [by_lightning, by_torchrun, by_slurm])
 def test_two_processes_are_one_run(text_file: Path, workdir: Path, launch) -> None:
     for process in launch([*FIT, *tiny(text_file), *TWO]):

@@ -144,6 +144,7 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("interruptible")
 def test_interrupted_in_the_middle_it_ends_with_the_same_report(study: Path, command: list[str]) -> None:
     undisturbed = without_timings(study / "runs/m/report")

@@ -151,6 +151,7 @@ def test_what_was_made_is_not_repeated_and_told_apart(
     assert {path: path.stat().st_mtime_ns for path in results} == results
 
 
+@pytest.mark.heavy
 def test_a_study_stopped_within_its_search_ends_with_the_same_report(
     study: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
