@@ -92,7 +92,9 @@ def assert_same_rows(run: Path, other: Path, first: int = 1) -> None:
                 )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[pytest.mark.heavy] * (LAYOUTS[name][0] > 2)) for name in LAYOUTS]
+)
 def test_as_one_process_of_as_large_a_batch(
     layout: str, ranks: Ranks, alone: dict[int, Path], text_file: Path, tmp_path: Path
 ) -> None:
@@ -134,6 +136,7 @@ def test_a_run_goes_on_with_more_and_fewer_devices(
     assert_same_end(four, again, tolerance=0.0)
 
 
+@pytest.mark.heavy
 def test_one_file_can_be_made_of_shards(ranks: Ranks, text_file: Path, tmp_path: Path, capsys) -> None:
     run = tmp_path / "run"
     fit(ranks, 2, options(text_file, run, 2, "--trainer.strategy=fsdp2", "--model.parallel.expert=2"))
@@ -173,6 +176,7 @@ def refused_by(arguments: list[str], checkpoint: str) -> None:
     run("fit", [*arguments, f"--ckpt_path={checkpoint}"])
 
 
+@pytest.mark.heavy
 def test_state_falls_with_the_number_of_devices(ranks: Ranks) -> None:
     """Of parameters, gradients and AdamW's averages each device holds its part, but for what does not divide."""
     one, two, four = (ranks.run(n, held_bytes)[0] for n in (1, 2, 4))

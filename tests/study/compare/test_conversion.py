@@ -28,6 +28,7 @@ MATRIX = {
 }
 
 
+@pytest.mark.heavy
 def test_every_variant_goes_on_from_the_trained_model(
     text_file: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
