@@ -15,6 +15,7 @@ from .dispatch import Dispatcher
 from .grouped import grouped_experts
 from .looped import looped_experts
 from .router import Routing
+from .sharding import local
 
 
 class Terms(NamedTuple):
@@ -79,16 +80,17 @@ class FFNExperts(nn.Module):
     def spread(self, x_TD: Tensor, routing: Routing, ranks: dist.ProcessGroup, terms: Terms | None) -> Tensor:
         """The same with experts on other ranks (dispatch.py)."""
         dispatcher = Dispatcher(routing, ranks)
-        weights = local(self.w_gate_up, ranks.size()), local(self.w_down, ranks.size())
-        y_AD = ffn_experts(*dispatcher.to_experts(x_TD), *weights)
+        w_gate_up, w_down = (seen_by_all(weight, ranks.size()) for weight in (self.w_gate_up, self.w_down))
+        y_AD = ffn_experts(*dispatcher.to_experts(x_TD), w_gate_up, w_down)
         y_TD = dispatcher.to_tokens(y_AD)
         return y_TD if terms is None else y_TD + terms.value(x_TD)
 
 
-def local(weight: Tensor, n_ranks: int) -> Tensor:
+def seen_by_all(weight: Tensor, n_ranks: int) -> Tensor:
     """The part of it that is on this rank. Its gradient, of the tokens of all ranks, is the mean over them, as all
     others are."""
-    part = weight.to_local() if hasattr(weight, "to_local") else weight.view_as(weight)
+    part = local(weight)
+    part = part.view_as(part)  # on a parameter itself the hook would stay
     if part.requires_grad:
         part.register_hook(lambda grad: grad / n_ranks)
     return part

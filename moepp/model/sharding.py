@@ -43,7 +43,7 @@ class ParallelConfig:
         name = "parallel.expert" if self.replicas == 1 else "parallel.expert x replicas"
         require(world_size % ranks == 0, name, ranks, f"must divide the {world_size} devices")
         if self.sharded:
-            shards = world_size // ranks if self.expert > 1 else world_size // self.replicas
+            shards = world_size // ranks
             for size in ("hidden_size", "intermediate_size"):
                 value = getattr(transformer, size)
                 require(
@@ -103,6 +103,11 @@ def shard(
         fully_shard(block, mesh=dense, mp_policy=of_others)
     fully_shard(model, mesh=dense, mp_policy=of_others)
     register_fsdp_forward_method(model, "hidden")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The shard on this rank, the same memory; of a tensor that is not sharded all of it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def as_shards(whole: Tensor, like: Any) -> Tensor:

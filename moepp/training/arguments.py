@@ -1,5 +1,6 @@
 """The command line: recipes that build on others, `--ckpt_path last`, and errors of one line."""
 
+import argparse
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -63,6 +64,13 @@ def with_bases(path: Path) -> list[Path]:
             raise InputError(f"{chain[0]}: its bases go round in a circle")
         chain.insert(0, base)
     return chain
+
+
+class OwnOptions(argparse.ArgumentParser):
+    """A verb's own options, beside which it takes those of `moepp fit`. An error is one line (InputError)."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
 
 
 class OneLineParser(LightningArgumentParser):

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moepp.model.config import require, require_sensible
+from moepp.model.sharding import local
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,6 @@ class OptimConfig:
         progress = (step - self.warmup_steps) / max(1, total_steps - 1 - self.warmup_steps)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return self.lowest_lr + (self.lr - self.lowest_lr) * cosine
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The shard on this device, the same memory; of a tensor that is not sharded all of it."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class AdamW(torch.optim.AdamW):

@@ -1,16 +1,16 @@
 """`moepp plan`: what a recipe takes of each of many devices, by the formulas of model/scale.py."""
 
-import argparse
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from moepp.model import InputError, MoEConfig, TransformerConfig
+from moepp.model import MoEConfig, TransformerConfig
 from moepp.model.config import require
 from moepp.model.scale import Job, Links, memory, operations, seconds, traffic
 from moepp.model.sharding import ParallelConfig
 from moepp.text.tokenizer import padded_vocab_size
+from moepp.training.arguments import OwnOptions
 from moepp.training.devices import SHARDED
 from moepp.training.lightning_cli import resolve
 
@@ -25,15 +25,10 @@ OPTIONS = (
 )
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
-
-
 def run(verb: str, arguments: list[str]) -> None:
     """Print the plan. What is no option of its own is one of `moepp fit`."""
     usage = f"moepp {verb} --config RECIPE --devices N [OPTIONS]"
-    parser = Parser(f"moepp {verb}", usage, ABOUT, allow_abbrev=False)
+    parser = OwnOptions(f"moepp {verb}", usage, ABOUT, allow_abbrev=False)
     parser.add_argument("--devices", type=int, required=True, metavar="N", help="of all machines")
     parser.add_argument("--per_machine", type=int, default=8, metavar="N", help="devices of one (%(default)s)")
     for name, default, what in OPTIONS:

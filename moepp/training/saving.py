@@ -26,8 +26,7 @@ class Checkpoints(Checkpoint):
 
     Ctrl-C and SIGTERM (a cluster's pre-emption) end a run with one, too, after the optimizer step at hand, as
     gradients that are half accumulated are in no checkpoint; of several devices all do, a step after any was told.
-    The exit code is then 130 (Ctrl-C) or 143 (SIGTERM).
-    A second signal is obeyed at once.
+    The exit code is then 130 (Ctrl-C) or 143 (SIGTERM). A second signal is obeyed at once.
 
     Args:
         keep: how many of the last ones stay. With two or more, a damaged one has one before it.

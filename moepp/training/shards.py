@@ -2,7 +2,7 @@
 
     step-00000100.ckpt/
       shard-00001-model-00001-of-00001.safetensors   of each device: shards of weights and of the optimizer's state
-      sums.json                                      of each of these files its CRC-32
+      sums.json                                      of each of these files its SHA-256
       rest.ckpt                                      all else, as in a checkpoint of one file
 
 torch.distributed.checkpoint writes and reads them, for any number of devices, and for one without any group. They
@@ -11,7 +11,6 @@ lie in safetensors, as nothing that is read may run code: DCP's own files are pi
 
 import json
 import warnings
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moepp.system.files import lasting
+from moepp.system.files import lasting, sha256_of_file
 
 REST, SUMS = "rest.ckpt", "sums.json"
 HEAD = "model.head.weight"
@@ -80,8 +79,8 @@ def write(folder: Path, named: dict[str, Tensor]) -> None:
         save(named, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     except CheckpointException as error:  # of all devices, each with its own
         raise OSError(f"{folder}: {next(iter(error.failures.values()))[0]}") from error
-    mine = {file.name: sum_of(file) for file in folder.glob(f"shard-{dist.get_rank() + 1:05d}-*")}
-    sums: list[dict[str, int]] = [{}] * dist.get_world_size()
+    mine = {file.name: sha256_of_file(file) for file in folder.glob(f"shard-{dist.get_rank() + 1:05d}-*")}
+    sums: list[dict[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(sums, mine)
     if dist.get_rank() == 0:
         with lasting(folder / SUMS) as file:
@@ -116,15 +115,6 @@ def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     for name, expected in sums[part::parts]:
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if sum_of(folder / name) != expected:
+        if sha256_of_file(folder / name) != expected:
             return f"checksum of {name}"
     return None
-
-
-def sum_of(file: Path) -> int:
-    """Its CRC-32."""
-    total = 0
-    with file.open("rb") as content:
-        while part := content.read(1 << 24):
-            total = zlib.crc32(part, total)
-    return total

@@ -19,11 +19,11 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from moepp.model import MoEConfig
-from moepp.model.sharding import ParallelConfig, shard
+from moepp.model.sharding import ParallelConfig, local, shard
 from moepp.study.timing import in_turn
 from moepp.system.machine import keep_freed_memory
 from moepp.training.module import LitMoE
-from moepp.training.optimizer import AdamW, local
+from moepp.training.optimizer import AdamW
 from tests.bench import peers
 from tests.bench.setting import Setting
 from tests.bench.steps import ModelStep, peak_memory

@@ -43,8 +43,8 @@ from moepp.model.scale import (
     seconds,
     traffic,
 )
-from moepp.model.sharding import ParallelConfig, shard
-from moepp.training.optimizer import AdamW, local
+from moepp.model.sharding import ParallelConfig, local, shard
+from moepp.training.optimizer import AdamW
 
 LINKS = Links(1.0, 1.0, 8)
 TRANSFORMER = TransformerConfig(

@@ -188,8 +188,8 @@ def held_bytes() -> int:
     import torch.distributed as dist
 
     from moepp.model import MoEConfig, Transformer, TransformerConfig
-    from moepp.model.sharding import ParallelConfig, shard
-    from moepp.training.optimizer import AdamW, local
+    from moepp.model.sharding import ParallelConfig, local, shard
+    from moepp.training.optimizer import AdamW
 
     dist.init_process_group("gloo")
     config = TransformerConfig(320, 2, 64, 96, 4, context_length=16)

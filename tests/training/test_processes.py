@@ -1,7 +1,6 @@
 """One run, one folder, however its processes are started: by Lightning, by torchrun, by SLURM."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +9,10 @@ import pytest
 
 from moepp.training.checkpoint import read_checkpoint, step_path
 from tests.conftest import read_csv, tiny
+from tests.ranks import free_port
 
 FIT = ["-m", "moepp", "fit"]
 TWO = ["--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.max_steps=2", "--model.moe.ffn_budget=1.2"]
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("localhost", 0))
-        return listening.getsockname()[1]
 
 
 def by_lightning(fit: list[str]) -> list[subprocess.Popen]:

@@ -4,7 +4,6 @@ What is finished stays finished: a study that was stopped, or that broke, goes o
 again.
 """
 
-import argparse
 import fcntl
 import shlex
 import signal
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO
 
 import torch
 import yaml
@@ -29,12 +28,13 @@ from moepp.study.compare.tune import search
 from moepp.system.files import differences
 from moepp.system.machine import provenance
 from moepp.text.data_module import TokenDataModule
+from moepp.training.arguments import OwnOptions
 from moepp.training.checkpoint import checkpoint_of, load, write_checkpoint
 
 MOST = 1000  # seeds, or runs at once
 
 
-class Options(argparse.ArgumentParser):
+class Options(OwnOptions):
     """The study's own options; what it does not know is left for the runs."""
 
     def __init__(self) -> None:
@@ -52,9 +52,6 @@ class Options(argparse.ArgumentParser):
         self.add_argument("--tune", action="store_true", help="first search for each variant's own best options")
         self.add_argument("--quick", action="store_true", help="the matrix's small version, for 2 CPU cores")
         self.add_argument("--dry_run", action="store_true", help="list the runs and what they cost, and stop")
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
 
 
 def run(verb: str, arguments: list[str]) -> None:
