@@ -100,7 +100,7 @@ class Job:
         ]
 
     def root(self) -> int:
-        """Parameters outside of blocks, which are gathered once a micro-batch."""
+        """Parameters outside of blocks, which are gathered once a micro-batch: of embedding, head, last norm."""
         return self.count.embedding + self.count.head + self.transformer.hidden_size
 
 
@@ -168,7 +168,7 @@ def memory(job: Job) -> dict[str, float]:
         "parameters": own,
         "gradients": own,
         "AdamW": 2 * own,
-        "embedding and head, gathered": m * job.root(),
+        "head, gathered": m * (V * D + D),  # where it is tied the embedding is the same
         "activations": L * layer + T * D * (m + w) + w * V * D,
         "loss, or a block's backward": max(loss, block),
     }

@@ -101,6 +101,9 @@ def shard(
             fully_shard(ffn, mesh=experts, mp_policy=of_matrices, shard_placement_fn=by_row)
         fully_shard(matrices, mesh=dense, mp_policy=of_matrices, shard_placement_fn=by_row)
         fully_shard(block, mesh=dense, mp_policy=of_others)
+    if not model.config.tie_embeddings:  # whole for its forward pass alone: nothing needs it in backward
+        fully_shard(model.embedding, mesh=dense, mp_policy=of_others)
+        model.embedding.set_unshard_in_backward(False)
     fully_shard(model, mesh=dense, mp_policy=of_others)
     register_fsdp_forward_method(model, "hidden")
 

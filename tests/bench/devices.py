@@ -24,6 +24,7 @@ CONTESTANTS = {  # and whether routing is forced
     "τ = 0.25": (MoEConfig(tau=0.25), True),
     OWN: (MoEConfig(tau=0.75), False),
 }
+DEEP = 12  # layers, as the smallest of the paper's models has
 CROWDED_ROUNDS = 3  # where processes share cores
 
 
@@ -35,21 +36,23 @@ def devices(at: Setting) -> Iterator[Row]:
     if not numbers:
         yield Row(Case("devices", "all of it"), note="left out: needs two GPUs or more")
         return
-    memory: dict[int, list[tuple[int, int]]] = {}
+    depths = at.sizes.transformer.n_layers, DEEP
+    memory: dict[int, list[list[tuple[int, int]]]] = {}  # of each rank, by depth
     for n in (1, *numbers):
         crowded = crowd(n, at)
         rounds = min(at.rounds, CROWDED_ROUNDS) if crowded else at.rounds
-        of_ranks = ranks.on_ranks(n, ranks.measure, at, CONTESTANTS, rounds)
+        of_ranks = ranks.on_ranks(n, ranks.measure, at, CONTESTANTS, rounds, depths)
         memory[n] = [held for held, _ in of_ranks]
         if n > 1:
             yield from rows(n, [seen for _, seen in of_ranks], at, crowded)
-    whole = "above 1/N: what is gathered for a moment, a block's parameters, those of embedding and head"
-    for what, i, note in (("parameters, gradients, AdamW", 0, ""), ("peak of a step", 1, whole)):
-        for n, by_rank in memory.items():
-            alone = memory[1][0][i] / 1e6
-            megabytes = [figures[i] / 1e6 for figures in by_rank]
-            case = Case("devices", named(n), limit=what)
-            yield measured(case, "MB a device", megabytes, ideal=alone / n, note=note if n > 1 else "")
+    whole = "above 1/N: what is whole for a moment on each device, a block, the head and its gradient"
+    for depth, n_layers in enumerate(depths):
+        for part, what, note in ((0, "parameters, gradients, AdamW", ""), (1, "peak of a step", whole)):
+            for n, by_rank in memory.items():
+                alone = memory[1][0][depth][part] / 1e6
+                megabytes = [figures[depth][part] / 1e6 for figures in by_rank]
+                case = Case("devices", f"{named(n)}, {n_layers} layers", limit=what)
+                yield measured(case, "MB a device", megabytes, ideal=alone / n, note=note if n > 1 else "")
 
 
 def named(n: int) -> str:

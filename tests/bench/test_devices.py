@@ -46,11 +46,16 @@ def test_the_section(monkeypatch: pytest.MonkeyPatch) -> None:
         assert milliseconds is not None
         assert 0 < milliseconds <= rows["2 devices, vanilla MoE, step"].value
         assert rows[f"2 devices, τ = 0.25, {kind}, speed-up"].ideal == pytest.approx(3)
-    held = [rows[f"{name}, parameters, gradients, AdamW"] for name in ("1 device", "2 devices")]
-    assert held[1].share == pytest.approx(1, abs=0.01)
-    parameters = sum(p.numel() for p in peers.Transformer(AT.sizes.transformer, MoEConfig()).parameters())
-    assert held[0].value == pytest.approx(4 * 4 * parameters / 1e6, rel=0.01)
-    assert rows["1 device, peak of a step"].value > held[0].value
+    for n_layers in (AT.sizes.transformer.n_layers, devices.DEEP):
+        names = [f"{name}, {n_layers} layers" for name in ("1 device", "2 devices")]
+        held = [rows[f"{name}, parameters, gradients, AdamW"] for name in names]
+        peaks = [rows[f"{name}, peak of a step"] for name in names]
+        assert held[1].share == pytest.approx(1, abs=0.01)
+        transformer = replace(AT.sizes.transformer, n_layers=n_layers)
+        parameters = sum(p.numel() for p in peers.Transformer(transformer, MoEConfig()).parameters())
+        assert held[0].value == pytest.approx(4 * 4 * parameters / 1e6, rel=0.01)
+        assert peaks[0].value > held[0].value
+    assert peaks[1].share < 1.1  # of many layers; 2 if all were on each device
 
 
 def test_bytes_of_ffn_rows_are_those_of_single_assignments() -> None:
