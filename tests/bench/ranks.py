@@ -286,8 +286,8 @@ def traffic(at: Setting, contestants: dict[str, tuple[MoEConfig, bool]], rounds:
 
 
 def memory(at: Setting, n_layers: int) -> tuple[int, int]:
-    """Bytes of parameters, gradients and AdamW's state held after a step of a sharded model of so many layers; and of
-    all tensors at the peak of a step. The batch is the setting's, spread over the ranks."""
+    """Bytes of parameters, gradients and AdamW's state held after a step of a sharded model of so many layers; and
+    of all tensors at the peak of a step. The batch is the setting's, spread over the ranks."""
     at = replace(at, sizes=replace(at.sizes, transformer=replace(at.sizes.transformer, n_layers=n_layers)))
     batch_size = max(1, at.sizes.batch_size // dist.get_world_size())
     step = ShardedStep(at, MoEConfig(), ParallelConfig(sharded=True), batch_size)
@@ -310,4 +310,5 @@ def measure(
     at: Setting, contestants: dict[str, tuple[MoEConfig, bool]], rounds: int, depths: tuple[int, ...]
 ) -> tuple[list[tuple[int, int]], dict[str, Seen]]:
     """`memory` of models of each of `depths` layers, and where there are others `traffic`."""
-    return [memory(at, n_layers) for n_layers in depths], traffic(at, contestants, rounds) if dist.get_world_size() > 1 else {}
+    held = [memory(at, n_layers) for n_layers in depths]
+    return held, traffic(at, contestants, rounds) if dist.get_world_size() > 1 else {}

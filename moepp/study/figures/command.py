@@ -73,7 +73,7 @@ def run(verb: str, arguments: list[str]) -> None:
 
     counts = RoutingCounts(model.moe_config, model.config.n_layers, texts_V)
     read_text(text, seq_len, counts, models, parts_of_speech)
-    counts.at_budgets = read_at_budgets(text, int(counts.token_n.sum()), model)
+    counts.at_budgets = read_at_budgets(text, int(counts.token_n.sum()), seq_len, model)
     bootstrap = Bootstrap(counts)
     folder = Path(options.out) if options.out else results_folder(ckpt, "figures")
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,10 +7,12 @@ import numpy as np
 import pandas as pd
 import torch
 from rich.progress import track
+from torch import Tensor
 
 from moepp.model import Transformer, nll_by_token
 from moepp.study.figures.findings import Bootstrap, Estimate
 from moepp.study.figures.picture import PER_TOKEN, Drawn, picture, whiskers
+from moepp.study.figures.read_text import in_batches
 from moepp.study.style import BLUE, ORANGE
 from moepp.text.held_out import HeldOut
 
@@ -19,13 +21,14 @@ MOST_TOKENS = 1 << 16  # of the text: it is read once for every budget
 
 
 @torch.inference_mode()
-def read_at_budgets(text: HeldOut, n_tokens: int, model: Transformer) -> pd.DataFrame | None:
+def read_at_budgets(text: HeldOut, n_tokens: int, seq_len: int, model: Transformer) -> pd.DataFrame | None:
     """A row for each budget: `budget`; `ffn_per_token`, as measured; `loss`, the mean over the tokens of equally
     spaced windows, but for their first; `loss_difference` to the budget of the training, with its 95 % interval
     over windows; `trained`, whether it is that budget. None where the model has none.
 
     Args:
         n_tokens: of the text.
+        seq_len: of its windows.
     """
     moe = model.moe_config
     if moe.ffn_budget is None or model.budget is None or model.budget.seen == 0:
@@ -37,8 +40,9 @@ def read_at_budgets(text: HeldOut, n_tokens: int, model: Transformer) -> pd.Data
     rows, nats = [], []
     for budget in track(budgets, "reading text at other budgets"):
         model.set_ffn_budget(float(budget))
-        windows = [window(tokens_S, model) for _, tokens_S in islice(text.windows(), 0, None, stride)]
-        nats_W, ffn_W, n_W = np.array(windows).T
+        windows = islice(text.windows(), 0, None, stride)
+        batches = [by_window(tokens_BS, model) for _, tokens_BS in in_batches(windows, seq_len)]
+        nats_W, ffn_W, n_W = torch.cat(batches, dim=1).numpy()
         rows.append({"budget": budget, "ffn_per_token": ffn_W.sum() / n_W.sum(), "loss": nats_W.sum() / n_W.sum()})
         nats.append(nats_W)
     model.set_ffn_budget(moe.ffn_budget)
@@ -51,13 +55,16 @@ def read_at_budgets(text: HeldOut, n_tokens: int, model: Transformer) -> pd.Data
     return table.assign(**columns, trained=trained)
 
 
-def window(tokens_S: np.ndarray, model: Transformer) -> tuple[float, float, int]:
-    """Of the tokens after the first: nats, FFN experts (mean over layers), how many they are."""
-    tokens_1S = torch.from_numpy(tokens_S)[None].to(model.head.weight.device)
-    hidden_1SD, routings = model.hidden(tokens_1S[:, :-1])
-    nats_S = nll_by_token(hidden_1SD[0], model.head.weight, tokens_1S[0, 1:])
-    ffn = sum(routing.computed().sum().item() for routing in routings) / len(routings)
-    return nats_S.sum().item(), ffn, len(nats_S)
+def by_window(tokens_BS: Tensor, model: Transformer) -> Tensor:
+    """(3, B) of the tokens after each window's first: nats, FFN experts (mean over layers), how many they are."""
+    tokens_BS = tokens_BS.to(model.head.weight.device)
+    inputs_BS, targets_BS = tokens_BS[:, :-1].clamp(0), tokens_BS[:, 1:]
+    hidden_BSD, routings = model.hidden(inputs_BS)
+    nats_N = nll_by_token(hidden_BSD.flatten(0, 1), model.head.weight, targets_BS.flatten())
+    ffn_N = torch.stack([routing.computed().sum(1) for routing in routings]).double().mean(0)
+    there_BS = targets_BS >= 0
+    by_token = nats_N.double().view_as(there_BS), ffn_N.view_as(there_BS) * there_BS, there_BS.double()
+    return torch.stack(by_token).sum(2).cpu()
 
 
 @picture("Loss against compute, from one checkpoint", "budgets")

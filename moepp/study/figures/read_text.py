@@ -1,19 +1,26 @@
 """One pass of a text through the models: everything that is measured is counted on the way."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 
 import numpy as np
 import torch
 from rich.progress import Progress
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from moepp.model import InputError, Transformer
 from moepp.study.figures.parts_of_speech import NONE, PartsOfSpeech
 from moepp.study.figures.routing_stats import RoutingCounts
-from moepp.text.held_out import HeldOut
+from moepp.text.held_out import HeldOut, Windows
 
 BATCH_TOKENS = 4096
+
+
+def in_batches(windows: Windows, seq_len: int) -> Iterator[tuple[list[tuple[str, np.ndarray]], Tensor]]:
+    """Several windows at a time; their tokens (B, S): -1 after the end of a shorter one, which no token sees."""
+    while batch := list(islice(windows, max(1, BATCH_TOKENS // seq_len))):
+        yield batch, pad_sequence([torch.from_numpy(tokens_S) for _, tokens_S in batch], True, -1)
 
 
 @torch.inference_mode()
@@ -38,11 +45,10 @@ def read_text(
         model.to(device)
     bytes_V = np.array([len(token.encode()) for token in counts.texts_V])
     with Progress() as progress:
-        task, stream = progress.add_task("reading text", total=text.size), text.windows()
-        while windows := list(islice(stream, max(1, BATCH_TOKENS // seq_len))):
-            tokens_BS = pad_sequence([torch.from_numpy(tokens_S) for _, tokens_S in windows], True, -1)
+        task = progress.add_task("reading text", total=text.size)
+        for windows, tokens_BS in in_batches(text.windows(), seq_len):
             valid_T = tokens_BS.ravel() >= 0
-            inputs_BS = tokens_BS.clamp(0).to(device)  # padding comes last, where no token can see it
+            inputs_BS = tokens_BS.clamp(0).to(device)
             routings = {name: model.hidden(inputs_BS)[1] for name, model in models.items()}
             for name, layers in routings.items():
                 n_ranks = min(2, models[name].moe_config.n_experts)

@@ -103,7 +103,7 @@ def test_loss_against_compute_where_each_layer_keeps_to_the_budget(text_file: Pa
     text = open_held_out(TextOptions(), loaded.meta, loaded.tokenizer, 33)
     n_tokens = sum(len(tokens_S) for _, tokens_S in text.windows())
     biases = [router.choice_bias.tolist() for router in routers(loaded.model)]
-    table = read_at_budgets(text, n_tokens, loaded.model)
+    table = read_at_budgets(text, n_tokens, 33, loaded.model)
     assert table is not None
     assert table.ffn_per_token.is_monotonic_increasing
     assert table[table.trained].loss_difference.item() == 0.0
