@@ -76,7 +76,7 @@ generate: setup ## PROMPT="â€¦": text from the newest checkpoint, or from CKPT=â
 	@$(MOEPP) generate --prompt="$$PROMPT" $(if $(CKPT),--ckpt='$(CKPT)') $(ARGS)
 
 test: setup ## the test suite, on all cores (ARGS="-m heavy": its heavy part, which is left out otherwise)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m 'not heavy' $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal -m 'not heavy' $(ARGS)
 
 soak: setup ## kill training runs at random moments and see that nothing is lost
 	$(VENV)/bin/python -m tests.soak $(ARGS)

@@ -14,21 +14,6 @@ SENTENCE = (
 WORDS = SENTENCE.split()
 
 
-# few tests that take long: begun last, they would keep one core busy while the others have nothing left
-LONG = (
-    "test_devices.py",
-    "test_conversion.py",
-    "test_processes.py",
-    "test_ablate.py",
-    "test_export.py",
-    "test_resume.py",
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONG)
-
-
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     """Tiny matrices gain nothing from a second thread, and results do not depend on how many there are."""

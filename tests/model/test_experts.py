@@ -105,6 +105,7 @@ def test_the_gpu_path_compiles_into_one_graph(
         torch.testing.assert_close(graph, eager, rtol=2e-2, atol=1e-2)
 
 
+@pytest.mark.heavy
 def test_several_models_with_a_capacity_are_compiled_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a study does; from the second τ on, a compiler takes it for a variable."""
     monkeypatch.setattr(experts, "use_grouped", lambda x, w: True)
