@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,22 @@ def lasting(path: Path) -> Iterator[IO[bytes]]:
         yield file
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def whole_or_nothing(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name when all is in it. The caller holds the lock of the folder above."""
+    for left_over in folder.parent.glob(".unfinished-*"):  # whoever made it is dead
+        shutil.rmtree(left_over)
+    unfinished = folder.with_name(f".unfinished-{folder.name}")
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        fsync_folder(unfinished)
+        unfinished.rename(folder)
+        fsync_folder(folder.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def fsync_folder(folder: Path) -> None:

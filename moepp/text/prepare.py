@@ -5,7 +5,6 @@ Whole documents are held out for validation, so many of each domain, and the tok
 
 import hashlib
 import json
-import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -29,15 +28,15 @@ from rich.text import Text
 
 from moepp.model.config import require
 from moepp.model.errors import InputError
-from moepp.system.files import fsync_folder, lasting, sha256_of, sha256_of_file
+from moepp.system.files import lasting, sha256_of, sha256_of_file, whole_or_nothing
 from moepp.text.documents import Document, open_source
+from moepp.text.prepare_litdata import PREFIX, prepare_litdata
 from moepp.text.shards import shard_names, write_shards
 from moepp.text.token_files import FORMAT, data_hash
 from moepp.text.tokenizer import FEWEST_TOKENS, MOST_TOKENS, Vocabulary, padded_vocab_size, train_tokenizer
 
 TOKENIZER_BYTES = 128_000_000  # the tokenizer learns from at most so much text, drawn evenly from all of it
 BATCH_BYTES = 1 << 21  # text encoded at a time: enough to keep all cores busy, little enough to hold
-PREFIX = "litdata:"  # of a data set of token ids
 
 
 def prepare(
@@ -69,8 +68,6 @@ def prepare(
         InputError: text or a tokenizer that cannot be read, or too little text, or too small a `vocab_size`.
     """
     if path.startswith(PREFIX):
-        from moepp.text.prepare_litdata import prepare_litdata  # it imports this module
-
         return prepare_litdata(path, out_root, tokenizer)
     given = Vocabulary.read(Path(tokenizer)) if tokenizer is not None else None
     if vocab_size is None:
@@ -117,22 +114,6 @@ def check_range(name: str, value: int, least: int, most: int) -> None:
     # what ${…} in a recipe stands for has not been through the parser
     whole = type(value) is int and least <= value <= most
     require(whole, name, value, f"must be a whole number from {least} to {most}")
-
-
-@contextmanager
-def whole_or_nothing(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name when all is in it. The caller holds the lock of the folder above."""
-    for left_over in folder.parent.glob(".unfinished-*"):  # whoever made it is dead
-        shutil.rmtree(left_over)
-    unfinished = folder.with_name(f".unfinished-{folder.name}")
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        fsync_folder(unfinished)
-        unfinished.rename(folder)
-        fsync_folder(folder.parent)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 @dataclass

@@ -17,11 +17,12 @@ import numpy as np
 from filelock import FileLock
 
 from moepp.model.errors import InputError
-from moepp.system.files import lasting, sha256_of, sha256_of_file
+from moepp.system.files import lasting, sha256_of, sha256_of_file, whole_or_nothing
 from moepp.text.litdata_set import LitdataSet
-from moepp.text.prepare import PREFIX, whole_or_nothing
 from moepp.text.token_files import FORMAT, data_hash
 from moepp.text.tokenizer import Vocabulary, padded_vocab_size
+
+PREFIX = "litdata:"  # of a data set of token ids
 
 
 def prepare_litdata(path: str, out_root: str, tokenizer: str | None) -> Path:
