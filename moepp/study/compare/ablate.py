@@ -58,7 +58,7 @@ def run(verb: str, arguments: list[str]) -> None:
     options, overrides = Options().parse_known_args(arguments)
     contents = read_matrix(options.matrix)
     versions = [name for name in ("tune", "quick") if getattr(options, name)]
-    settings = {"seeds": 3, "jobs": 1} | contents
+    settings = {"seeds": 3, "jobs": 1, "part_of_steps": 1.0} | contents
     for name in versions:
         if name not in contents:
             raise InputError(f"{name}: {options.matrix} says nothing of it, as recipes/compare.yaml does")
@@ -70,8 +70,8 @@ def run(verb: str, arguments: list[str]) -> None:
     base = options.base or options.matrix.parent / str(settings.get("base"))
     out = options.out or Path("runs") / "-".join([options.matrix.stem, *versions])
     matrix = resolve(options.matrix, settings, base, overrides, out)
-    to_tune = settings["options"] if options.tune else {}
-    tries = [trial.run for trial in search(matrix, to_tune, out, check).trials]  # as far as is known by now
+    to_tune, part_of_steps = settings["options"] if options.tune else {}, settings["part_of_steps"]
+    tries = [trial.run for trial in search(matrix, to_tune, part_of_steps, out, check).trials]  # as far as known
     runs = matrix.runs(settings["seeds"], out)
     if not options.tune:
         refuse_changed_options(runs)
@@ -97,7 +97,10 @@ def run(verb: str, arguments: list[str]) -> None:
             refuse_changed_options(runs)
             execute([run for run in runs if not run.finished], workers)
 
-        found = search(matrix, to_tune, out, lambda tries: train([run for run in tries if not run.failure]))
+        def not_failed(tries: list[Run]) -> None:
+            train([run for run in tries if not run.failure])
+
+        found = search(matrix, to_tune, part_of_steps, out, not_failed)
         matrix = found.tuned(matrix)
         runs = matrix.runs(settings["seeds"], out)
         if matrix.start is not None:

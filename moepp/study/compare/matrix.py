@@ -22,6 +22,7 @@ from moepp.training.start import BudgetConfig
 PLOTS = ("curves", "tau", "constants", "compute", "frontier")
 # of the values of a matrix, and of its `quick` and `tune`, which take the place of the matrix's own
 VERSION_TYPES = {"base": str, "start": str, "seeds": int, "jobs": int}
+TUNE_TYPES = VERSION_TYPES | {"options": dict, "part_of_steps": (int, float)}
 TYPES = VERSION_TYPES | {"reference": str, "quick": dict, "sources": dict, "tune": dict, "variants": dict}
 STUDY_KEYS = {
     "paper",
@@ -191,7 +192,9 @@ def read_matrix(path: Path) -> dict[str, Any]:
                 require_type(figure, (int, float), f"{where} paper.{quantity}")
     require_entries(matrix.get("quick", {}), VERSION_TYPES, f"{path}: quick:")
     if "tune" in matrix:
-        require_entries(matrix["tune"], VERSION_TYPES | {"options": dict}, f"{path}: tune:")
+        require_entries(matrix["tune"], TUNE_TYPES, f"{path}: tune:")
+        if not 0 < matrix["tune"].get("part_of_steps", 1) <= 1:
+            raise InputError(f"{path}: tune.part_of_steps: must be above 0 and at most 1")
         options = require_type(matrix["tune"].get("options"), dict, f"{path}: tune.options")
         for option, values in options.items():
             numbers = require_type(values, list, f"{path}: tune.options: {option}")
@@ -205,7 +208,7 @@ def read_matrix(path: Path) -> dict[str, Any]:
     return matrix
 
 
-def require_entries(mapping: dict[str, Any], types: dict[str, type], name: str) -> None:
+def require_entries(mapping: dict[str, Any], types: dict[str, Any], name: str) -> None:
     """Raise an InputError for a key that is none of `types`, and for a value of another type."""
     if unknown := {str(key) for key in mapping} - set(types):
         raise InputError(f"{name} unknown key {min(unknown)!r}: use {', '.join(sorted(types))}")

@@ -76,6 +76,7 @@ def read_trials(search: Search) -> pd.DataFrame:
     for trial in search.trials:
         name = trial.variant.name
         row = {"variant": name, **trial.values, "loss": trial.loss, "chosen": trial is search.best[name]}
+        row["steps"] = trial.run.variant.steps
         tried = [other.values for other in search.trials if other.variant is trial.variant]
         for option, value in trial.values.items() if row["chosen"] else ():
             of_option = {values[option] for values in tried}

@@ -1,8 +1,9 @@
 """`--tune`: before the seeds, each variant looks for its own best options, all in the same way.
 
 One option after the other, in the matrix's order: each of its values beside the best of what was found before.
-Every try is a whole run, from a seed that is none of the study's, judged by a half of the held-out text that the
-study does not report on. One that has failed is lost, and not repeated until its folder is removed.
+Every try is a run to the end of its schedule, as long as the study's or a stated part of that, from a seed that
+is none of the study's, judged by a half of the held-out text that the study does not report on. One that has
+failed is lost, and not repeated until its folder is removed.
 """
 
 import json
@@ -29,11 +30,13 @@ class Trial:
     variant: Variant
     values: dict[str, float]  # of every option that is tuned
     out: Path  # folder of the study
+    part_of_steps: float  # of a whole run's
 
     @cached_property
     def run(self) -> Run:
         name = ",".join(f"{last_part(option)}={value}" for option, value in self.values.items())
-        variant = self.variant.with_options(self.values | {"data.val_part": "tune"})
+        steps = max(1, round(self.variant.steps * self.part_of_steps))
+        variant = self.variant.with_options(self.values | {"data.val_part": "tune", "trainer.max_steps": steps})
         return Run(variant, SEED, self.out / "tune" / self.variant.name / name)
 
     @property
@@ -64,18 +67,26 @@ class Search:
 
 
 def search(
-    matrix: Matrix, options: dict[str, list[float]], out: Path, execute: Callable[[list[Run]], None]
+    matrix: Matrix,
+    options: dict[str, list[float]],
+    part_of_steps: float,
+    out: Path,
+    execute: Callable[[list[Run]], None],
 ) -> Search:
-    """Try them all; `execute` trains the runs that it is given, unless they are finished or have failed.
+    """Try them all for `part_of_steps` of a run's; `execute` trains what it is given, unless finished or failed.
 
     Raises:
         InputError: an option is unknown, or a variant has failed with all values of one.
     """
-    best = {variant.name: Trial(variant, present(matrix, variant, options), out) for variant in matrix.variants}
+
+    def trial(variant: Variant, values: dict[str, float]) -> Trial:
+        return Trial(variant, values, out, part_of_steps)
+
+    best = {variant.name: trial(variant, present(matrix, variant, options)) for variant in matrix.variants}
     trials: dict[Path, Trial] = {}  # by folder: a value may be the present one
     for option, values in options.items():
         stage = [
-            Trial(variant, best[variant.name].values | {option: value}, out)
+            trial(variant, best[variant.name].values | {option: value})
             for value, variant in product(values, matrix.variants)
             if matters(option, variant)
         ]

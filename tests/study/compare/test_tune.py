@@ -121,7 +121,7 @@ def test_each_variant_gets_its_own_best_by_the_same_search(finished: Path) -> No
     text = (out / "report/report.md").read_text()
     assert "In all 10 runs" in text
     assert "0:00:18 of training" in text  # nine ended
-    assert "| vanilla | 0.012 | 0.3 | inf | exit code 1: diverged | nan | – |" in text
+    assert "| vanilla | 0.012 | 0.3 | 400 | inf | exit code 1: diverged | nan | – |" in text
     assert "- commit: abc\n" in text
     assert (out / "report/tune.png").is_file()
 
@@ -242,11 +242,19 @@ def small_matrix() -> Matrix:
 def test_options_are_searched_in_their_order(tmp_path: Path) -> None:
     """With another order the first stage has β beside the recipe's lr."""
     asked: list[list[Run]] = []
-    search(small_matrix(), dict(reversed(OPTIONS.items())), tmp_path, asked.append)
+    search(small_matrix(), dict(reversed(OPTIONS.items())), 1.0, tmp_path, asked.append)
     first, second = asked
     assert {run.folder.name for run in first} == {f"balance_weight={beta},lr=0.003" for beta in (0.01, 0.1, 0.3)}
     assert len({run.folder for run in first}) == 6
     assert {run.folder.name.partition("lr=")[2] for run in second} == {"0.003", "0.006", "0.012"}
+
+
+def test_a_shorter_search(tmp_path: Path) -> None:
+    """A quarter of the steps for a try, and all of them for what was found."""
+    asked: list[list[Run]] = []
+    found = search(small_matrix(), OPTIONS, 0.25, tmp_path, asked.append)
+    assert {run.options["trainer"]["max_steps"] for stage in asked for run in stage} == {100}
+    assert {variant.steps for variant in found.tuned(small_matrix()).variants} == {400}
 
 
 @pytest.mark.parametrize(
@@ -261,7 +269,8 @@ def test_options_are_searched_in_their_order(tmp_path: Path) -> None:
         ({"options": {"model.optim.lr": [0.1, math.nan]}}, "is no option with a list of different numbers"),
         ({"options": {"model.optim.lr": [0.1, 0.1]}}, "is no option with a list of different numbers"),
         ({"options": {"model.optim.lr": [0.1], "model.lr": [0.1]}}, "tune.options: two end alike"),
-        ({"option": OPTIONS}, "tune: unknown key 'option': use base, jobs, options, seeds, start"),
+        ({"option": OPTIONS}, "tune: unknown key 'option': use base, jobs, options, part_of_steps, seeds, start"),
+        ({"options": OPTIONS, "part_of_steps": 0}, "tune.part_of_steps: must be above 0 and at most 1"),
         ({"options": OPTIONS, "seeds": "2"}, "tune: seeds: '2' is of the wrong type"),
         ({}, "tune.options: None is of the wrong type"),
     ],
