@@ -17,9 +17,10 @@ from torch.autograd.function import once_differentiable
 from .autocast import to_autocast
 
 LossAndGradient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-CHUNK = 1024  # tokens
+CHUNK_BYTES = 4096  # of one column of a chunk's logits on a CPU
 # A GPU has no cache to fit, and for every chunk it would add (V, D) to the head's gradient in float32.
-CUDA_CHUNK = 4096
+CUDA_CHUNK = 4096  # tokens
+BLOCK = 1 << 18  # logits whose softmax in float32 stays in a CPU's cache
 
 
 def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, compile: bool = False) -> Tensor:
@@ -58,13 +59,18 @@ def linear_distillation(
 @torch.no_grad()
 def nll_by_token(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
     """(N,) in float32 at least: the cross-entropy of each target, 0 where it is below 0. Without gradients."""
-    chunk = CUDA_CHUNK if hidden_ND.is_cuda else CHUNK
+    chunk = chunk_of(hidden_ND)
     nll = []
     for hidden_CD, targets_C in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True):
         logits_CV = F.linear(hidden_CD, weight_VD)  # which autocast knows
         logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
         nll.append(F.cross_entropy(logits_CV, targets_C.clamp(min=-1), ignore_index=-1, reduction="none"))
     return torch.cat(nll)
+
+
+def chunk_of(hidden_ND: Tensor) -> int:
+    """How many tokens' logits there are at a time."""
+    return CUDA_CHUNK if hidden_ND.is_cuda else CHUNK_BYTES // hidden_ND.element_size()
 
 
 class LinearLoss(torch.autograd.Function):
@@ -74,7 +80,7 @@ class LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, loss_and_gradient: LossAndGradient) -> Tensor:
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
-        chunk = CUDA_CHUNK if hidden_ND.is_cuda else CHUNK
+        chunk = chunk_of(hidden_ND)
         total = hidden_ND.new_zeros((), dtype=dtype)
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=dtype)
@@ -96,20 +102,25 @@ class LinearLoss(torch.autograd.Function):
 
 
 def nll_and_gradient(logits_NV: Tensor, targets_N1: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of -log softmax(logits)[target], and its gradient softmax - one-hot in the logits' dtype.
+    """The sum of -log softmax(logits)[target], and its gradient softmax - one-hot, which takes the logits' place.
 
-    Overwrites the logits where they are in float32 or float64: each further (N, V) tensor would cost a CPU as much
-    in page faults as a product.
+    Softmax is in float32 at least. On a CPU a few rows at a time, with everything in place: each pass over a
+    further (N, V) tensor in float32 would cost as much as a product.
     """
-    scores = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    chosen = scores.gather(1, targets_N1)
-    largest = scores.amax(-1, keepdim=True)
-    exp = scores.sub_(largest).exp_()
-    sum_exp = exp.sum(-1, keepdim=True)
-    nll = sum_exp.log() + largest - chosen
-    # p - 1 there; into float32, as to scatter into bf16 takes a CPU 6 ms
-    grad_logits = exp.div_(sum_exp).scatter_(1, targets_N1, torch.expm1(-nll))
-    return nll.sum(), grad_logits.to(logits_NV.dtype)
+    dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+    rows = len(logits_NV) if logits_NV.is_cuda else max(1, BLOCK // logits_NV.shape[1])
+    nll = logits_NV.new_zeros((), dtype=dtype)
+    for logits, targets in zip(logits_NV.split(rows), targets_N1.split(rows), strict=True):
+        scores = logits.to(dtype)
+        chosen = scores.gather(1, targets)
+        largest = scores.amax(-1, keepdim=True)
+        exp = scores.sub_(largest).exp_()
+        sum_exp = exp.sum(-1, keepdim=True)
+        nll_of_row = sum_exp.log() + largest - chosen
+        # p - 1 there; into float32, as to scatter into bf16 takes a CPU 6 ms
+        logits.copy_(exp.div_(sum_exp).scatter_(1, targets, torch.expm1(-nll_of_row)))
+        nll += nll_of_row.sum()
+    return nll, logits_NV
 
 
 @cache

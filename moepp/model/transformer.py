@@ -16,6 +16,7 @@ from .counts import require_memory
 from .errors import InputError
 from .init import draw_seed, init_parameters
 from .moe import MoELayer
+from .norm import RMSNorm
 from .router import Routing, routers
 
 
@@ -49,8 +50,8 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
         if self.qk_norm != "none":
             q_normed, k_normed = (self.head_dim,) * 2 if self.qk_norm == "head" else (q_width, kv_width)
-            self.q_norm = nn.RMSNorm(q_normed, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(k_normed, eps=config.norm_eps)
+            self.q_norm = RMSNorm(q_normed, eps=config.norm_eps)
+            self.k_norm = RMSNorm(k_normed, eps=config.norm_eps)
 
     def forward(self, x_BSD: Tensor, rope_2Sd: Tensor, cache: KVCache | None = None) -> Tensor:
         B, S, _ = x_BSD.shape
@@ -75,9 +76,9 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig, moe: MoEConfig, first: bool) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.attention = Attention(config)
-        self.moe_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.moe_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.moe = MoELayer(config.hidden_size, config.intermediate_size, moe, first)
 
     def forward(
@@ -117,7 +118,7 @@ class Transformer(nn.Module):
         with torch.device("meta"):  # every weight is drawn once, below
             self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
             self.blocks = nn.ModuleList(Block(config, moe, first=i == 0) for i in range(config.n_layers))
-            self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+            self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             self.budget = Budget(moe, routers(self.blocks)) if moe.ffn_budget is not None else None
             self.register_buffer("rope_2Sd", rope_table(config), persistent=False)

@@ -16,7 +16,8 @@ def agree(actual: torch.Tensor, expected: torch.Tensor, *inputs: torch.Tensor) -
 
 @pytest.mark.parametrize("n_tokens", [1, 6, 7, 20])
 def test_equals_cross_entropy_of_the_logits(n_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK", 7)
+    monkeypatch.setattr(loss, "chunk_of", lambda _: 7)
+    monkeypatch.setattr(loss, "BLOCK", 22)  # the softmax of two rows at a time
     torch.manual_seed(0)
     hidden = torch.randn(n_tokens, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
@@ -31,7 +32,7 @@ def test_equals_cross_entropy_of_the_logits(n_tokens: int, monkeypatch: pytest.M
 def test_distillation_equals_the_divergence_of_the_logits(
     temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "CHUNK", 7)
+    monkeypatch.setattr(loss, "chunk_of", lambda _: 7)
     torch.manual_seed(0)
     hidden = torch.randn(20, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
@@ -117,7 +118,7 @@ def test_by_token_as_of_all_logits_at_once_and_never_holding_them(
     logits_NV = F.linear(hidden_ND, weight_VD).to(torch.promote_types(dtype, torch.float32))
     expected_N = F.cross_entropy(logits_NV, targets_N, ignore_index=-100, reduction="none")
     whole_linear, rows = F.linear, []
-    monkeypatch.setattr(loss, "CHUNK", 16)
+    monkeypatch.setattr(loss, "chunk_of", lambda _: 16)
     monkeypatch.setattr(loss.F, "linear", lambda x, w: rows.append(len(x)) or whole_linear(x, w))
     nll_N = loss.nll_by_token(hidden_ND, weight_VD, targets_N)
     assert rows == [16, 16, 16, 2]

@@ -1,0 +1,26 @@
+import pytest
+import torch
+from torch import nn
+
+from moepp.model.norm import RMSNorm
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6)])
+def test_equals_torchs_in_value_and_gradients(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    ours, torchs = (norm(6, eps=0.1, dtype=torch.float64) for norm in (RMSNorm, nn.RMSNorm))
+    gain = torch.rand(6, dtype=torch.float64)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    results = []
+    for norm in (ours, torchs):
+        norm.load_state_dict({"weight": gain})
+        y = norm(x)
+        results.append((y, *torch.autograd.grad(y, (x, norm.weight), torch.linspace(-1, 2, x.numel()).view_as(y))))
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected)
+    assert torch.autograd.gradcheck(ours, x)
+
+
+def test_of_bf16_with_a_gain_in_float32_it_is_torchs() -> None:
+    x = torch.randn(3, 6).bfloat16()
+    assert torch.equal(RMSNorm(6)(x), nn.RMSNorm(6)(x))
