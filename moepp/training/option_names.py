@@ -14,6 +14,7 @@ CLASSES = {  # what the options of a section are the fields or arguments of
     "model.moe": ("moepp/model/config.py", "MoEConfig"),
     "model.optim": ("moepp/training/optimizer.py", "OptimConfig"),
     "model.parallel": ("moepp/model/sharding.py", "ParallelConfig"),
+    "model.budget": ("moepp/training/start.py", "BudgetConfig"),
     "model.convert": ("moepp/training/start.py", "ConvertConfig"),
     "model.distill": ("moepp/training/start.py", "DistillConfig"),
     "data": ("moepp/text/data_module.py", "TokenDataModule"),
