@@ -70,12 +70,6 @@ def write_task(folder: Path, name: str, **task: Any) -> None:
     (folder / f"{name}.yaml").write_text(json.dumps({"task": name, "test_split": "test"} | data | task))
 
 
-@pytest.fixture(autouse=True)
-def in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """lm-eval's bootstrap forks a pool, whose end was seen to hang. The draws are the same without."""
-    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
-
-
 @pytest.fixture(scope="session")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of the task files, and what they ask. The first document is longer than the model's context."""
