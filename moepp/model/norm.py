@@ -32,7 +32,7 @@ class Normed(torch.autograd.Function):
         x, gain_D, scale = ctx.saved_tensors
         normed = x * scale
         product = grad * normed
-        grad_gain_D = product.view(-1, len(gain_D)).sum(0)
+        grad_gain_D = product.reshape(-1, len(gain_D)).sum(0)
         mean = (product @ gain_D).div_(-x.shape[-1]).unsqueeze(-1)  # of grad · gain · normed, negative
         grad_x = torch.mul(grad, gain_D, out=product).addcmul_(normed, mean).mul_(scale)
         return grad_x, grad_gain_D, None

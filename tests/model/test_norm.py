@@ -5,17 +5,20 @@ from torch import nn
 from moepp.model.norm import RMSNorm
 
 
-@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6)])
-def test_equals_torchs_in_value_and_gradients(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("transposed", [False, True])  # as queries and keys are, which each head norms
+@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 5, 6)])
+def test_equals_torchs_in_value_and_gradients(shape: tuple[int, ...], transposed: bool) -> None:
     torch.manual_seed(0)
     ours, torchs = (norm(6, eps=0.1, dtype=torch.float64) for norm in (RMSNorm, nn.RMSNorm))
     gain = torch.rand(6, dtype=torch.float64)
-    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(shape, dtype=torch.float64)
+    x = (x.transpose(0, -2) if transposed and len(shape) > 1 else x).requires_grad_()
+    grad = torch.randn_like(x)
     results = []
     for norm in (ours, torchs):
         norm.load_state_dict({"weight": gain})
         y = norm(x)
-        results.append((y, *torch.autograd.grad(y, (x, norm.weight), torch.linspace(-1, 2, x.numel()).view_as(y))))
+        results.append((y, *torch.autograd.grad(y, (x, norm.weight), grad)))
     for mine, expected in zip(*results, strict=True):
         torch.testing.assert_close(mine, expected)
     assert torch.autograd.gradcheck(ours, x)
