@@ -1,6 +1,6 @@
 """RMSNorm: torch's, and on a CPU one function of our own, as torch's is a chain of operations there.
 
-It took a default recipe's step in bf16 from 358 to 344 ms (recipes/results/LOG.md).
+It took a default recipe's step in bf16 from 359 to 344 ms (recipes/results/LOG.md).
 """
 
 from typing import Any
@@ -33,6 +33,6 @@ class Normed(torch.autograd.Function):
         normed = x * scale
         product = grad * normed
         grad_gain_D = product.reshape(-1, len(gain_D)).sum(0)
-        mean = (product @ gain_D).div_(-x.shape[-1]).unsqueeze(-1)  # of grad · gain · normed, negative
-        grad_x = torch.mul(grad, gain_D, out=product).addcmul_(normed, mean).mul_(scale)
+        mean = (product @ gain_D).div_(x.shape[-1]).unsqueeze(-1)  # of grad · gain · normed
+        grad_x = torch.mul(grad, gain_D, out=product).addcmul_(normed, mean, value=-1).mul_(scale)
         return grad_x, grad_gain_D, None

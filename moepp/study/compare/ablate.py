@@ -97,10 +97,9 @@ def run(verb: str, arguments: list[str]) -> None:
             refuse_changed_options(runs)
             execute([run for run in runs if not run.finished], workers)
 
-        def not_failed(tries: list[Run]) -> None:
-            train([run for run in tries if not run.failure])
-
-        found = search(matrix, to_tune, part_of_steps, out, not_failed)
+        found = search(
+            matrix, to_tune, part_of_steps, out, lambda tries: train([run for run in tries if not run.failure])
+        )
         matrix = found.tuned(matrix)
         runs = matrix.runs(settings["seeds"], out)
         if matrix.start is not None:

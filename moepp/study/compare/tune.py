@@ -78,15 +78,11 @@ def search(
     Raises:
         InputError: an option is unknown, or a variant has failed with all values of one.
     """
-
-    def trial(variant: Variant, values: dict[str, float]) -> Trial:
-        return Trial(variant, values, out, part_of_steps)
-
-    best = {variant.name: trial(variant, present(matrix, variant, options)) for variant in matrix.variants}
+    best = {v.name: Trial(v, present(matrix, v, options), out, part_of_steps) for v in matrix.variants}
     trials: dict[Path, Trial] = {}  # by folder: a value may be the present one
     for option, values in options.items():
         stage = [
-            trial(variant, best[variant.name].values | {option: value})
+            replace(best[variant.name], values=best[variant.name].values | {option: value})
             for value, variant in product(values, matrix.variants)
             if matters(option, variant)
         ]
