@@ -155,8 +155,8 @@ def memory(job: Job) -> dict[str, float]:
     D, V, L = job.transformer.hidden_size, job.transformer.vocab_size, job.transformer.n_layers
     own, (whole, checkpoint) = m * job.count.total / job.shards, kept(job)
     layer = checkpoint if job.checkpoint_activations else whole
-    # logits, their softmax in float32, and their gradient; the head's in float32, and a chunk's part of it
-    loss = min(T, CUDA_CHUNK) * V * (w if w == 4 else 4 + 2 * w) + V * D * (4 + w)
+    # logits, whose place their gradient takes, and a softmax in float32; the head's in float32, and a chunk's part
+    loss = min(T, CUDA_CHUNK) * V * (w if w == 4 else 4 + w) + V * D * (4 + w)
     # two blocks gathered, the gradients of one that are being scattered, the head's, and those between the two
     # products of experts
     block = sum(number * (2 * size + m) for number, _, _, size in job.gathered()) + m * V * D
