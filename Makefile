@@ -75,7 +75,7 @@ resume: setup ## continue the newest run of RECIPE
 generate: setup ## PROMPT="…": text from the newest checkpoint, or from CKPT=…
 	@$(MOEPP) generate --prompt="$$PROMPT" $(if $(CKPT),--ckpt='$(CKPT)') $(ARGS)
 
-test: setup ## the test suite, on all cores (ARGS="-m heavy": its heavy part, which is left out otherwise)
+test: setup ## the test suite, on all cores (ARGS="-m heavy": its heavy part; --hypothesis-profile=whole: four times the fuzz)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal -m 'not heavy' $(ARGS)
 
 soak: setup ## kill training runs at random moments and see that nothing is lost

@@ -1,10 +1,15 @@
 import csv
+import importlib
 import random
 from pathlib import Path
 
-import lightning  # noqa: F401  # before rich, see moepp/study/__init__.py
 import pytest
-import torch
+from hypothesis import settings
+
+# how many of every hundred planned cases fuzz/ tries: a quarter, or with --hypothesis-profile=whole all
+settings.register_profile("quick", max_examples=25)
+settings.register_profile("whole", max_examples=100)
+settings.load_profile("quick")
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SENTENCE = (
@@ -14,9 +19,16 @@ SENTENCE = (
 WORDS = SENTENCE.split()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("dist", "no") == "no":  # not in the process that hands the tests out, which needs it not
+        importlib.import_module("moepp.study")  # Lightning, which must come before rich
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     """Tiny matrices gain nothing from a second thread, and results do not depend on how many there are."""
+    import torch
+
     torch.set_num_threads(1)
 
 

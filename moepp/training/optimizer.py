@@ -58,7 +58,7 @@ class OptimConfig:
     def lr_at(self, step: int, total_steps: int) -> float:
         """Learning rate of optimizer step `step` (from 0) of `total_steps`."""
         if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
+            return min(self.lr, self.lr * (step + 1) / self.warmup_steps)
         progress = (step - self.warmup_steps) / max(1, total_steps - 1 - self.warmup_steps)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return self.lowest_lr + (self.lr - self.lowest_lr) * cosine

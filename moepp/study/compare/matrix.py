@@ -4,7 +4,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -38,7 +38,7 @@ class Variant:
     """One row of a study: a configuration and what the paper says of it."""
 
     name: str
-    resolve: Callable[[int, dict[str, Any]], dict[str, Any]]  # seed, `further` → all options of `moepp fit`
+    resolve: Callable[..., dict[str, Any]]  # **last → all options of `moepp fit`, not to be changed
     paper: dict[str, dict[str, float]] = field(default_factory=dict)  # quantity → model size → value
     plots: tuple[str, ...] = ()
     noise: float = 0.1  # of rows that conversion adds to the router (model/conversion.py)
@@ -47,7 +47,7 @@ class Variant:
 
     def options_of(self, seed: int) -> dict[str, Any]:
         """Of the run of that seed, as in a recipe."""
-        return self.resolve(seed, self.further)
+        return self.resolve(**{"seed_everything": seed} | self.further)
 
     @cached_property
     def options(self) -> dict[str, Any]:
@@ -239,10 +239,11 @@ def resolve(path: Path, matrix: dict[str, Any], base: Path, overrides: list[str]
     start = None
     if "start" in matrix:
         recipe = path.parent / matrix["start"]
-        start = Start(Variant("start", partial(fit_options, recipe, overrides, {}, None, "start")), out)
+        start = Start(Variant("start", cache(partial(fit_options, recipe, overrides, {}, None, "start"))), out)
     variants: dict[str, Variant] = {}
     for name, entry in matrix["variants"].items():
-        options = partial(fit_options, base, overrides, entry, start, name)
+        # a third of a second each, and a search asks for the same ones again
+        options = cache(partial(fit_options, base, overrides, entry, start, name))
         plots, paper = tuple(entry.get("plots", ())), entry.get("paper", {})
         variant = Variant(name, options, paper, plots, entry.get("noise", 0.1), entry.get("flops_of"))
         try:
@@ -276,8 +277,7 @@ def fit_options(
     entry: dict[str, Any],
     start: Start | None,
     name: str,
-    seed: int,
-    further: dict[str, Any],
+    **last: Any,
 ) -> dict[str, Any]:
     """What `moepp fit` would run with for a matrix's `entry` of that name; later arguments win."""
     if not base.is_file():
@@ -285,15 +285,15 @@ def fit_options(
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "variant.yaml"
         recipe.write_text(yaml.safe_dump({key: value for key, value in entry.items() if key not in STUDY_KEYS}))
-        last = [f"--{option}={value}" for option, value in {**further, "seed_everything": seed}.items()]
-        options = lightning_cli.resolve(["--config", str(base), *overrides, "--config", str(recipe), *last])
+        chosen = [f"--{option}={value}" for option, value in last.items()]
+        options = lightning_cli.resolve(["--config", str(base), *overrides, "--config", str(recipe), *chosen])
     del options["base"]  # resolved
     trainer = options["trainer"]
     for key, section in (("ckpt_path", options), ("trainer.default_root_dir", trainer)):
         if (value := section.pop(key.removeprefix("trainer."))) is not None:
             raise InputError(f"{key}: a study gives each run its own, so {value} cannot be set")
     if start is not None:
-        vanilla = not MoEConfig(**options["model"]["moe"]).n_zero_computation
+        seed, vanilla = options["seed_everything"], not MoEConfig(**options["model"]["moe"]).n_zero_computation
         options["model"]["init_from"] = str(start.checkpoint(seed, None if vanilla else name))
         if options["model"]["distill"]["teacher"] == "start":
             options["model"]["distill"]["teacher"] = str(start.checkpoint(seed))

@@ -36,8 +36,8 @@ class Trial:
     def run(self) -> Run:
         name = ",".join(f"{last_part(option)}={value}" for option, value in self.values.items())
         steps = max(1, round(self.variant.steps * self.part_of_steps))
-        variant = self.variant.with_options(self.values | {"data.val_part": "tune", "trainer.max_steps": steps})
-        return Run(variant, SEED, self.out / "tune" / self.variant.name / name)
+        last = {"data.val_part": "tune", "trainer.max_steps": steps, "seed_everything": SEED}
+        return Run(self.variant.with_options(self.values | last), SEED, self.out / "tune" / self.variant.name / name)
 
     @property
     def loss(self) -> float:

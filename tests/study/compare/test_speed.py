@@ -17,7 +17,7 @@ def variant(accumulate: int = 1, precision: str | None = None) -> Variant:
         "data": {"vocab_size": 320, "seq_len": 6, "batch_size": 5},
         "trainer": {"accelerator": "cpu", "accumulate_grad_batches": accumulate, "precision": precision},
     }
-    return Variant("vanilla", lambda seed, further: options)
+    return Variant("vanilla", lambda **last: options)
 
 
 def timed(precision: str) -> speed.TimedModel:

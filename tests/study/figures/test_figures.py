@@ -157,7 +157,7 @@ def test_loss_at_other_budgets_is_the_models_own(there: Path, drawn: Path) -> No
     ]
     rows = read(drawn / "compute.csv")
     assert [row["budget"] for row in rows if row["trained"] == "True"] == ["1.2"]
-    for row in rows:
+    for row in rows[::4]:
         model.set_ffn_budget(float(row["budget"]))
         nats, ffn = [], []
         with torch.inference_mode():
