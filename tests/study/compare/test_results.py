@@ -25,7 +25,7 @@ def variant(name: str, moe: dict, flops_of: str | None = None) -> Variant:
     data = {"path": "x.txt", "vocab_size": 320, "seq_len": 6, "batch_size": 5}
     trainer = {"max_steps": 4, "accumulate_grad_batches": 1, "devices": 1}
     options = {"model": {"transformer": SIZES, "moe": moe, "budget": {}}, "data": data, "trainer": trainer}
-    return Variant(name, lambda seed, further: options, flops_of=flops_of)
+    return Variant(name, lambda **last: options, flops_of=flops_of)
 
 
 def write_run(run: Run, final_loss: float, ffn: float, losses: tuple[float, float]) -> Run:
