@@ -1,11 +1,14 @@
 """The command line: recipes that build on others, `--ckpt_path last`, and errors of one line."""
 
 import argparse
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from moepp.model import InputError
@@ -66,6 +69,20 @@ def with_bases(path: Path) -> list[Path]:
     return chain
 
 
+def load_value(text: str) -> Any:
+    """An option's value. One that holds itself (`&a {b: *a}`) would be followed without end."""
+    value = yaml_load(text)
+    try:
+        json.dumps(value, default=str, skipkeys=True)
+    except ValueError as error:
+        raise RecursionError from error
+    return value
+
+
+yaml_load = get_loader("yaml")
+set_loader("omegaconf+", load_value, (yaml.YAMLError,))
+
+
 class OwnOptions(argparse.ArgumentParser):
     """A verb's own options, beside which it takes those of `moepp fit`. An error is one line (InputError)."""
 
@@ -87,8 +104,7 @@ class OneLineParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         line = re.sub(r"^Call to compute_fn of link .* failed: ", "", " ".join(str(message).split()))
-        if unknown := re.search(r"(?:unrecognized arguments: --|not accept option ['\"])([\w.]+)", line, re.I):
-            choices = [action.choices for action in self._actions if isinstance(action.choices, dict)]
-            parsers = [self, *(parser for verbs in choices for parser in verbs.values())]
-            line += did_you_mean(unknown[1], [action.dest for parser in parsers for action in parser._actions])
+        line = re.sub(r"Group ['\"]([\w.]+)['\"] does not accept option ['\"]", r"no option '\1.", line)
+        if unknown := re.search(r"(?:unrecognized arguments: --|no option ')([\w.]+)", line, re.I):
+            line += did_you_mean(unknown[1], [action.dest for action in self._actions])
         raise InputError(line)

@@ -10,7 +10,6 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
-from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -52,7 +51,7 @@ REFUSED = {  # what Lightning takes, and a run of ours cannot do
 }
 # Lightning's Timer has an option that YAML does not know
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_str(str(value.value)))
-PARSER = {"parser_mode": "omegaconf+", "allow_abbrev": False, "prog": "moepp"}  # an option cut short is a mistake
+PARSER = {"parser_mode": "omegaconf+", "allow_abbrev": False}  # an option cut short is a mistake
 
 
 def run(verb: str, arguments: list[str]) -> None:
@@ -67,14 +66,12 @@ def resolve(arguments: list[str]) -> dict[str, Any]:
         InputError: an option is unknown, of another type or impossible.
     """
     cli = parse(OptionsAlone, "fit", arguments)
-    return yaml.safe_load(cli._parser("fit").dump(cli.config.fit, skip_none=False))
+    return yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
 
 
 def parse(cli: type["MoECLI"], verb: str, arguments: list[str]) -> "MoECLI":
     quiet_lightning()
     cli.verb = verb
-    # ${model.…} in a recipe means the recipe's own `model`, which LightningCLI nests below the verb
-    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     arguments = expand_bases(arguments)
     recipes = [Path(value).stem for flag, value in pairwise(arguments) if flag == "--config"]
     cli.recipe = recipes[-1] if recipes else "default"
@@ -88,10 +85,11 @@ def parse(cli: type["MoECLI"], verb: str, arguments: list[str]) -> "MoECLI":
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             parser_class=OneLineParser,
-            parser_kwargs=PARSER | {verb: PARSER},
+            parser_kwargs=PARSER | {"prog": f"moepp {verb}"},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            args=[verb, *arguments],
+            args=arguments,
+            run=False,  # its own verbs would be parsed twice
         )
     except (OmegaConfBaseException, MisconfigurationException) as error:
         raise InputError(str(error).splitlines()[0]) from error
@@ -108,27 +106,19 @@ class MoECLI(LightningCLI):
     checkpoints: Checkpoints | None = None  # None: the run writes none
     why_precision = ""  # where nobody said which
 
-    @classmethod
-    def subcommands(cls) -> dict[str, set[str]]:
-        """The one that is asked for: to build a parser takes a fifth of a second."""
-        return {cls.verb: LightningCLI.subcommands()[cls.verb] | {"weights_only"}}
-
-    def _parse_ckpt_path(self) -> None:
-        """Lightning would read hyperparameters from the checkpoint here; ours come from the recipe alone."""
-
     def _set_seed(self) -> None:
-        require_seed(self._get(self.config, "seed_everything"))
+        require_seed(self.config.seed_everything)
         super()._set_seed()
 
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        # a checkpoint from elsewhere must not run code, so this is no option
-        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
-
     def before_instantiate_classes(self) -> None:
-        require_sections(self.config[self.subcommand])
+        require_sections(self.config)
+
+    def after_instantiate_classes(self) -> None:
+        getattr(self, self.verb)(self.config.ckpt_path)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--base", type=str | None, help="in a recipe: the recipe that it changes")
+        parser.add_argument("--ckpt_path", type=str | None, help="the checkpoint to go on from, or to evaluate")
         parser.add_class_arguments(Checkpoints, "checkpoints", instantiate=False)
         sources = "data.vocab_size", "model.init_from"
         parser.link_arguments(sources, "model.transformer.vocab_size", compute_fn=self.model_vocab_size)
@@ -143,19 +133,17 @@ class MoECLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """What a run does not say of its model is what the checkpoint says that it starts from."""
         super().parse_arguments(parser, args)
-        options = self.config[self.config.subcommand]
-        if options.model.init_from is not None and options.ckpt_path is None:  # a resumed run has its own options
-            described = described_in(options.model.init_from)
-            own = self._parser(self.config.subcommand)
-            own.set_defaults({"data.vocab_size": described["transformer"]["vocab_size"]})
+        init_from = self.config.model.init_from
+        if init_from is not None and self.config.ckpt_path is None:  # a resumed run has its own options
+            described = described_in(init_from)
+            parser.set_defaults({"data.vocab_size": described["transformer"]["vocab_size"]})
             for part, fields in described.items():
-                defaults = {f"model.{part}.{name}": value for name, value in fields.items()}
-                own.set_defaults(defaults)
+                parser.set_defaults({f"model.{part}.{name}": value for name, value in fields.items()})
             super().parse_arguments(parser, args)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Fill in what depends on the machine and the run: precision, folder, loggers, callbacks."""
-        config = self._get(self.config_init, "trainer")
+        config = self.config_init.trainer
         self.begun_step = self.read_begun_step()
         if config["precision"] is None:
             on_gpu = torch.cuda.is_available() and config["accelerator"] != "cpu"
@@ -171,11 +159,10 @@ class MoECLI(LightningCLI):
             kwargs["inference_mode"] = False  # what is gathered in it could not be used in training
         if config["enable_progress_bar"] is None:
             config["enable_progress_bar"] = sys.stdout.isatty()
-        if self.subcommand != "fit":
+        if self.verb != "fit":
             # a recipe's limit is for the validations amid training
             return super().instantiate_trainer(logger=False, limit_val_batches=1.0, **kwargs)
-        ckpt_path = self._get(self.config_init, "ckpt_path")
-        self.run_folder = RunFolder(self.recipe, config["default_root_dir"], ckpt_path)
+        self.run_folder = RunFolder(self.recipe, config["default_root_dir"], self.config.ckpt_path)
         try:
             return super().instantiate_trainer(**self.observers(config), **kwargs)
         except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
@@ -219,7 +206,7 @@ class MoECLI(LightningCLI):
         monitor = Monitor(bad_steps)
         callbacks: list[L.Callback] = [self.run_folder, bad_steps, monitor, Summary(monitor)]
         if config["enable_checkpointing"] is not False and not config["fast_dev_run"]:
-            self.checkpoints = Checkpoints(**self._get(self.config_init, "checkpoints"))
+            self.checkpoints = Checkpoints(**self.config_init.checkpoints)
             callbacks.append(self.checkpoints)
         given = as_list(config["callbacks"])
         own_bar = any(isinstance(callback, ProgressBar) for callback in given)
@@ -238,19 +225,19 @@ class MoECLI(LightningCLI):
         Raises:
             InputError: it was imported, or belongs to a finished study, and holds weights alone.
         """
-        path = self._get(self.config_init, "ckpt_path")
+        path = self.config.ckpt_path
         if path is None:
             return 0
         checkpoint = read_rest(path)
-        state = ("optimizer_states", "lr_schedulers", "loops") if self.subcommand == "fit" else ()
+        state = ("optimizer_states", "lr_schedulers", "loops") if self.verb == "fit" else ()
         for key in ("pytorch-lightning_version", "global_step", *state):
             if key not in checkpoint:
                 raise InputError(f"ckpt_path: {path} has no {key}: it was not kept to be used this way")
         return checkpoint["global_step"]
 
-    def fit(self, model: LitMoE, datamodule: TokenDataModule, **kwargs: Any) -> None:
+    def fit(self, ckpt_path: str | None) -> None:
         """Train, then validate on all held-out text."""
-        config = self._get(self.config_init, "trainer")
+        config, model, data = self.config_init.trainer, self.model, self.datamodule
         try:
             model.parallel.require_fits(model.transformer, model.moe, self.trainer.world_size)
             model.config_text = self.config_text()
@@ -260,27 +247,30 @@ class MoECLI(LightningCLI):
                 done = f"finished at step {self.begun_step} already"
                 say(self.trainer, f"{done}: a larger --trainer.max_steps goes on")
             keep_freed_memory(self.trainer.strategy.root_device)
-            naming = naming_checkpoint(kwargs.get("ckpt_path"), "continued", lambda: model.training_begun)
+            naming = naming_checkpoint(ckpt_path, "continued", lambda: model.training_begun)
             with naming, naming_lost_device(self.trainer.strategy):
-                self.trainer.fit(model, datamodule=datamodule, **kwargs)
+                self.trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
             with naming_lost_device(self.trainer.strategy):
                 if self.trainer.state.finished and not config["fast_dev_run"]:
                     if self.checkpoints is not None:
                         self.checkpoints.save(self.trainer)
                     self.trainer.limit_val_batches = 1.0
-                    self.trainer.validate(model, datamodule=datamodule, verbose=False)
+                    self.trainer.validate(model, datamodule=data, verbose=False)
         except (InputError, MisconfigurationException, ModuleNotFoundError, OSError):
             self.run_folder.forget()
             raise
 
-    def validate(self, ckpt_path: str | None, **kwargs: Any) -> None:
+    def validate(self, ckpt_path: str | None) -> None:
         """Print the metrics of a checkpoint on the held-out text."""
         if ckpt_path is None:
             raise InputError("ckpt_path: name the checkpoint, for example runs/moepp/1/checkpoints/best.ckpt")
-        self.model.parallel.require_fits(self.model.transformer, self.model.moe, self.trainer.world_size)
-        naming = naming_checkpoint(ckpt_path, "evaluated", lambda: self.model.evaluation_begun)
+        model, data = self.model, self.datamodule
+        model.parallel.require_fits(model.transformer, model.moe, self.trainer.world_size)
+        naming = naming_checkpoint(ckpt_path, "evaluated", lambda: model.evaluation_begun)
         with naming, naming_lost_device(self.trainer.strategy):
-            getattr(self.trainer, str(self.subcommand))(ckpt_path=ckpt_path, **kwargs | {"verbose": False})
+            evaluate = getattr(self.trainer, self.verb)
+            # weights only: a checkpoint from elsewhere must not run code
+            evaluate(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True, verbose=False)
         for name, value in self.trainer.callback_metrics.items():
             print(f"{name:<40} {value:.4f}")
 
@@ -288,10 +278,10 @@ class MoECLI(LightningCLI):
 
     def config_text(self) -> str:
         """All options, resolved: as a recipe they give this run again."""
-        parser, config = self._parser("fit"), self.config.fit.clone()
+        config = self.config.clone()
         config.base = config.config = None  # nothing is left to look up
         config.ckpt_path = config.trainer.default_root_dir = None  # where it began, not what it is
-        return parser.dump(config, skip_none=False)
+        return self.parser.dump(config, skip_none=False)
 
     def announce(self, model: LitMoE) -> None:
         parameters = count_parameters(model.transformer, model.moe)
@@ -305,12 +295,12 @@ class OptionsAlone(MoECLI):
     """Parses and checks, and neither seeds, builds nor runs anything."""
 
     def _set_seed(self) -> None:
-        require_seed(self._get(self.config, "seed_everything"))
+        require_seed(self.config.seed_everything)
 
     def instantiate_classes(self) -> None:
         pass
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def after_instantiate_classes(self) -> None:
         pass
 
 

@@ -60,14 +60,15 @@ def without_training(home: Path) -> Iterator[None]:
         if not first:
             setup(self, *args)
             first.append(self)
-        for name in ("parser", "_subcommand_parsers", "_subcommand_method_arguments"):
-            setattr(self, name, getattr(first[0], name))
+        self.parser = first[0].parser
+
+    def forget(self: MoECLI) -> None:
+        if self.verb == "fit":
+            self.run_folder.forget()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LightningCLI, "setup_parser", setup_once)
-        patch.setattr(
-            LightningCLI, "_run_subcommand", lambda self, verb: verb == "fit" and self.run_folder.forget()
-        )
+        patch.setattr(MoECLI, "after_instantiate_classes", forget)
         yield
 
 

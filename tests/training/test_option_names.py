@@ -12,7 +12,7 @@ HEAVY = ("torch", "lightning", "numpy")
 
 def test_the_names_are_those_of_the_parser() -> None:
     cli: MoECLI = parse(OptionsAlone, "fit", [])
-    known = {action.dest for action in cli._parser("fit")._actions}
+    known = {action.dest for action in cli.parser._actions}
     for section in CLASSES:
         for name in names_in(section):
             assert any(f"{dest}.".startswith(f"{section}.{name}.") for dest in known), f"{section}.{name}"

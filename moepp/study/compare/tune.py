@@ -37,7 +37,8 @@ class Trial:
         name = ",".join(f"{last_part(option)}={value}" for option, value in self.values.items())
         steps = max(1, round(self.variant.steps * self.part_of_steps))
         last = {"data.val_part": "tune", "trainer.max_steps": steps, "seed_everything": SEED}
-        return Run(self.variant.with_options(self.values | last), SEED, self.out / "tune" / self.variant.name / name)
+        folder = self.out / "tune" / self.variant.name / name
+        return Run(self.variant.with_options(self.values | last), SEED, folder)
 
     @property
     def loss(self) -> float:
