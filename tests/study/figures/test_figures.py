@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from zipfile import ZipFile
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -84,7 +85,20 @@ def drawn(there: Path) -> Path:
     return out
 
 
-def test_figures_twice_are_the_same_numbers(drawn: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def undrawn(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty files from here on, for pictures that nobody looks at: to draw them takes longer than all else."""
+
+    def write_nothing(figure: plt.Figure, path: Path) -> None:
+        plt.close(figure)
+        path.touch()
+
+    monkeypatch.setattr("moepp.study.figures.page.save", write_nothing)
+
+
+def test_figures_twice_are_the_same_numbers(
+    drawn: Path, undrawn: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert {path.stem for path in drawn.glob("*.png")} == PICTURES
     first = {path.name: path.read_bytes() for path in drawn.glob("*.csv")}
     assert {Path(name).stem for name in first} == PICTURES | {"findings"}
@@ -177,7 +191,7 @@ def test_loss_at_other_budgets_is_the_models_own(there: Path, drawn: Path) -> No
     assert shares[-1] > shares[0] + 0.5
 
 
-def test_each_checkpoint_is_read_once(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_checkpoint_is_read_once(there: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = []
     read_checkpoint = checkpoint.read_checkpoint
     monkeypatch.setattr(checkpoint, "read_checkpoint", lambda path: paths.append(path) or read_checkpoint(path))
@@ -185,7 +199,7 @@ def test_each_checkpoint_is_read_once(there: Path, monkeypatch: pytest.MonkeyPat
     assert [str(path) for path in paths] == [CKPT.removeprefix("--ckpt="), VANILLA]
 
 
-def test_text_of_ones_own(there: Path) -> None:
+def test_text_of_ones_own(there: Path, undrawn: None) -> None:
     for path in Path("text").rglob("*.txt"):
         domain = "odd" if int(path.stem) % 2 else "even"
         Path("own", domain).mkdir(parents=True, exist_ok=True)
@@ -205,7 +219,7 @@ def test_text_of_ones_own(there: Path) -> None:
     assert "finding4_activations: there is one domain only" not in page
 
 
-def test_tokens_that_are_too_few_are_named(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_that_are_too_few_are_named(there: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moepp.study.figures.routing_stats.MIN_COUNT", 9999)
     assert main(["figures", CKPT, "--out=few"]) == 0
     assert "<li>tokens: no token occurs" in Path("few/index.html").read_text()
@@ -223,7 +237,7 @@ def test_what_vanilla_has_is_drawn_and_the_rest_is_named(there: Path, capsys: py
 
 
 def test_without_a_network_only_the_parts_of_speech_are_left_out(
-    there: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    there: Path, undrawn: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parts_of_speech, "LEXICON", Wheel("no-such==1", there / "no.whl", "0" * 64))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
