@@ -90,7 +90,7 @@ def run(verb: str, arguments: list[str]) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # it stops the runs as Ctrl-C does
         for commit, names in by_commit(tries + runs).items():
             if commit != provenance()["commit"]:
-                print(f"moepp {verb}: kept as commit {commit} made them: {', '.join(names)}", file=sys.stderr)
+                print(f"moepp {verb}: {len(names)} runs are kept as commit {commit} made them", file=sys.stderr)
         workers = Workers(jobs, matrix.devices, gpus, lock)
 
         def train(runs: list[Run]) -> None:

@@ -65,6 +65,7 @@ def markdown(
     templates = Environment(loader=folder, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     rows = results.variants.reset_index().to_dict("records")
     commits = by_commit([trial.run for trial in search.trials] + runs)
+    of_most = max(commits, key=lambda commit: len(commits[commit]), default="")
     tuned = list(search.trials[0].values) if search.trials else []
     text = templates.get_template("report.md.jinja").render(
         matrix=results.matrix,
@@ -74,7 +75,7 @@ def markdown(
         tuning=results.trials.sum(numeric_only=True),
         tuned=tuned,
         idle=[v.name for v in results.matrix.variants for option in tuned if not matters(option, v)],
-        commits=[c if len(commits) == 1 else f"{c} ({', '.join(names)})" for c, names in commits.items()],
+        commits=[c if c == of_most else f"{c} made {', '.join(names)}" for c, names in commits.items()],
         domains=[name.removeprefix(f"{FINAL}{BITS}/") for name in results.runs.filter(like=f"{FINAL}{BITS}/")],
         n_seeds=len({run.seed for run in runs}),
         n_intervals=sum(not math.isnan(row["loss_difference_low"]) for row in rows if not row["flops_of"]),
