@@ -346,11 +346,11 @@ class TestTwoProcesses:
 
     def test_one_that_hangs_is_not_waited_for_forever(self, text_file: Path, workdir: Path) -> None:
         short = "from datetime import timedelta\nfrom moepp.training import devices\nfrom moepp.cli import main\n"
-        short += "devices.TIME_LIMIT = timedelta(seconds=12)"
+        short += "devices.TIME_LIMIT = timedelta(seconds=24)"  # on a slow machine they start ten apart
         pair = Pair(text_file, "--trainer.strategy=ddp", script=short)
         os.kill(pair.second, signal.SIGSTOP)
         begun = time.monotonic()
         code, errors = pair.end()
         assert code == 1
-        assert "was waited for longer than 0.2 minutes" in errors
-        assert time.monotonic() - begun < 40
+        assert "was waited for longer than 0.4 minutes" in errors
+        assert time.monotonic() - begun < 52
