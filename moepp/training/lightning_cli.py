@@ -1,11 +1,12 @@
 """`moepp fit | validate | test`: LightningCLI with OmegaConf recipes, a folder per run, one-line errors."""
 
+import json
 import re
 import sys
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -21,7 +22,7 @@ from moepp.model.config import require
 from moepp.system.machine import default_precision, device_name, keep_freed_memory, quiet_lightning
 from moepp.text.data_module import TokenDataModule
 from moepp.text.tokenizer import padded_vocab_size
-from moepp.training.arguments import OneLineParser, expand_bases, expand_last, value_of
+from moepp.training.arguments import OneLineParser, expand_bases, expand_last
 from moepp.training.bad_steps import BadSteps
 from moepp.training.checkpoint import CheckpointFiles, naming_checkpoint, read_rest
 from moepp.training.csv_log import CSVLog
@@ -76,7 +77,6 @@ def parse(cli: type["MoECLI"], verb: str, arguments: list[str]) -> "MoECLI":
     recipes = [Path(value).stem for flag, value in pairwise(arguments) if flag == "--config"]
     cli.recipe = recipes[-1] if recipes else "default"
     arguments = expand_last(arguments, cli.recipe)
-    cli.resumed = value_of("--ckpt_path", arguments)
     try:
         return cli(
             LitMoE,
@@ -102,9 +102,16 @@ def parse(cli: type["MoECLI"], verb: str, arguments: list[str]) -> "MoECLI":
 class MoECLI(LightningCLI):
     verb = "fit"
     recipe = "default"  # names the folder of a run
-    resumed: str | None = None  # --ckpt_path, before anything is parsed
+    parsers: ClassVar[dict[str, LightningArgumentParser]] = {}  # by verb
     checkpoints: Checkpoints | None = None  # None: the run writes none
     why_precision = ""  # where nobody said which
+
+    def setup_parser(self, *arguments: Any) -> None:
+        """Once in a process: it takes as long as to parse, and a study resolves the options of many runs."""
+        if self.verb not in self.parsers:
+            super().setup_parser(*arguments)
+            self.parsers[self.verb] = self.parser
+        self.parser = self.parsers[self.verb]
 
     def _set_seed(self) -> None:
         require_seed(self.config.seed_everything)
@@ -120,15 +127,9 @@ class MoECLI(LightningCLI):
         parser.add_argument("--base", type=str | None, help="in a recipe: the recipe that it changes")
         parser.add_argument("--ckpt_path", type=str | None, help="the checkpoint to go on from, or to evaluate")
         parser.add_class_arguments(Checkpoints, "checkpoints", instantiate=False)
-        sources = "data.vocab_size", "model.init_from"
-        parser.link_arguments(sources, "model.transformer.vocab_size", compute_fn=self.model_vocab_size)
+        sources = "data.vocab_size", "model.init_from", "ckpt_path"
+        parser.link_arguments(sources, "model.transformer.vocab_size", compute_fn=model_vocab_size)
         parser.link_arguments("trainer", "model.parallel.sharded", compute_fn=is_sharded)
-
-    def model_vocab_size(self, of_data: int, init_from: str | None) -> int:
-        """What the data needs, or that of the checkpoint which the model starts from (resumed, it may be gone)."""
-        if init_from is None:
-            return padded_vocab_size(of_data)
-        return described_in(self.resumed or init_from)["transformer"]["vocab_size"]
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """What a run does not say of its model is what the checkpoint says that it starts from."""
@@ -136,10 +137,9 @@ class MoECLI(LightningCLI):
         init_from = self.config.model.init_from
         if init_from is not None and self.config.ckpt_path is None:  # a resumed run has its own options
             described = described_in(init_from)
-            parser.set_defaults({"data.vocab_size": described["transformer"]["vocab_size"]})
-            for part, fields in described.items():
-                parser.set_defaults({f"model.{part}.{name}": value for name, value in fields.items()})
-            super().parse_arguments(parser, args)
+            before = [f"--data.vocab_size={described['transformer'].pop('vocab_size')}"]
+            before += [f"--model.{part}={json.dumps(fields)}" for part, fields in described.items()]
+            super().parse_arguments(parser, [*before, *args])
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Fill in what depends on the machine and the run: precision, folder, loggers, callbacks."""
@@ -302,6 +302,13 @@ class OptionsAlone(MoECLI):
 
     def after_instantiate_classes(self) -> None:
         pass
+
+
+def model_vocab_size(of_data: int, init_from: str | None, ckpt_path: str | None) -> int:
+    """What the data needs, or that of the checkpoint which the model starts from (resumed, it may be gone)."""
+    if init_from is None:
+        return padded_vocab_size(of_data)
+    return described_in(ckpt_path or init_from)["transformer"]["vocab_size"]
 
 
 def require_seed(seed: Any) -> None:

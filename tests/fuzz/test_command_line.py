@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import yaml
 from hypothesis import strategies as st
-from lightning.pytorch.cli import LightningCLI
 
 from moepp.training.lightning_cli import MoECLI
 from tests.fuzz.harness import EDIT, JUNK, Edit, TreeEdit, cases, tree_edit, works_or_one_line
@@ -54,20 +53,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def without_training(home: Path) -> Iterator[None]:
-    setup, first = LightningCLI.setup_parser, []
-
-    def setup_once(self: MoECLI, *args: Any) -> None:
-        if not first:
-            setup(self, *args)
-            first.append(self)
-        self.parser = first[0].parser
-
     def forget(self: MoECLI) -> None:
         if self.verb == "fit":
             self.run_folder.forget()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LightningCLI, "setup_parser", setup_once)
         patch.setattr(MoECLI, "after_instantiate_classes", forget)
         yield
 
