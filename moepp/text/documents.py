@@ -6,6 +6,7 @@ Nothing here holds more than a piece of a file at a time, so that files larger t
 import gzip
 import io
 import json
+import logging
 import platform
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -89,6 +90,7 @@ def open_hub(path: str) -> Source:
     name = dataset.rsplit("/", 1)[-1]
 
     def documents() -> Iterator[Document]:
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every try
         try:
             rows = datasets.load_dataset(dataset, configuration or None, split="train", streaming=True)
             for text in cleaned(text_of(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)):
@@ -96,7 +98,10 @@ def open_hub(path: str) -> Source:
         except InputError:
             raise
         except Exception as error:  # whatever the library, the network or the data set comes up with
-            raise InputError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"cannot read {path}: {reason} (without a network give a file or a folder of text)"
+            ) from error
 
     return Source(name, {"hub": path}, None, documents)
 

@@ -17,6 +17,8 @@ from moepp.training.checkpoint import newest_checkpoint
 from moepp.training.option_names import did_you_mean
 from moepp.training.run_folder import newest_config
 
+NO_OPTIONS = "holds no options but {}: leave it out, or say what in it is to change"
+
 
 def expand_last(arguments: list[str], recipe: str) -> list[str]:
     """`--ckpt_path last` is the newest checkpoint under runs/<recipe>/.
@@ -60,7 +62,12 @@ def with_bases(path: Path) -> list[Path]:
     chain = [path.resolve()]
     while chain[0].is_file():  # a missing file is the parser's to report
         recipe = read_yaml(chain[0])
-        if not isinstance(recipe, dict) or recipe.get("base") is None:
+        if not isinstance(recipe, dict):
+            raise InputError(f"{chain[0]}: is no recipe: it holds no options")
+        for name in ("model", "data", "trainer", "checkpoints"):
+            if name in recipe and not isinstance(recipe[name], dict | str):  # a name is another file's
+                raise InputError(f"{chain[0]}: {name}: {NO_OPTIONS.format(recipe[name])}")
+        if recipe.get("base") is None:
             break
         base = (chain[0].parent / str(recipe["base"]).replace("\0", "")).resolve()
         if base in chain:

@@ -22,7 +22,7 @@ from moepp.model.config import require
 from moepp.system.machine import default_precision, device_name, keep_freed_memory, quiet_lightning
 from moepp.text.data_module import TokenDataModule
 from moepp.text.tokenizer import padded_vocab_size
-from moepp.training.arguments import OneLineParser, expand_bases, expand_last
+from moepp.training.arguments import NO_OPTIONS, OneLineParser, expand_bases, expand_last
 from moepp.training.bad_steps import BadSteps
 from moepp.training.checkpoint import CheckpointFiles, naming_checkpoint, read_rest
 from moepp.training.csv_log import CSVLog
@@ -93,8 +93,8 @@ def parse(cli: type["MoECLI"], verb: str, arguments: list[str]) -> "MoECLI":
         )
     except (OmegaConfBaseException, MisconfigurationException) as error:
         raise InputError(str(error).splitlines()[0]) from error
-    except ValueError as error:  # of a logger or callback whose package is not there
-        if (missing := re.search(r"Requirement '.*", str(error))) is None:
+    except (ValueError, RuntimeError) as error:  # of a logger or callback whose package or metric is not there
+        if (missing := re.search(r"Requirement '.*|Early stopping conditioned on .*", str(error))) is None:
             raise
         raise InputError(missing[0]) from error
 
@@ -326,6 +326,4 @@ def require_sections(options: Any) -> None:
     """Raise an InputError for a section without options, such as `data:` alone: the parser lets it pass."""
     for name in CLASSES:
         if not hasattr(section := options[name], "items"):
-            raise InputError(
-                f"{name}: holds no options but {section}: leave it out, or say what in it is to change"
-            )
+            raise InputError(f"{name}: {NO_OPTIONS.format(section)}")

@@ -11,7 +11,7 @@ from tokenizers.models import BPE
 from moepp.cli import main
 from moepp.model.conversion import SILENT
 from moepp.model.router import routers
-from moepp.training.checkpoint import load, read_checkpoint, write_checkpoint
+from moepp.training.checkpoint import load, read_checkpoint, step_path, write_checkpoint
 from moepp.training.module import LitMoE
 from tests.conftest import read_csv, tiny
 
@@ -88,14 +88,14 @@ def test_it_resumes_without_the_checkpoint_it_started_from(
     monkeypatch.chdir(start)
     Path("gone.ckpt").write_bytes(Path("converted.ckpt").read_bytes())
     options = ["--model.init_from=gone.ckpt", "--model.convert.steps=5", "--checkpoints.keep=5"]
-    for folder in ("whole", "cut"):
+    runs = [Path("runs/default/whole"), Path("runs/default/cut")]
+    for folder in runs:
         run = [*options, "--trainer.max_steps=6", f"--trainer.default_root_dir={folder}"]
         assert main([*further(text_file), *run]) == 0
     Path("gone.ckpt").unlink()
-    Path("cut/checkpoints/step-00000006.ckpt").unlink()
-    begun = "--ckpt_path=cut/checkpoints/step-00000004.ckpt"
-    assert main(["fit", "--config", "cut/config.yaml", begun, "--trainer.default_root_dir=cut"]) == 0
-    ends = [load(f"{folder}/checkpoints/step-00000006.ckpt").model.state_dict() for folder in ("whole", "cut")]
+    step_path(runs[1], 6).unlink()
+    assert main(["fit", "--ckpt_path=last"]) == 0
+    ends = [load(step_path(folder, 6)).model.state_dict() for folder in runs]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 

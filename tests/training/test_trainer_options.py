@@ -225,6 +225,13 @@ CALLBACKS: dict[str, tuple[str, Callable[[Run], bool]]] = {
 }
 
 
+def test_a_metric_that_is_not_there_ends_in_one_line(text_file: Path, workdir: Path, capsys) -> None:
+    assert main(["fit", *options_of(text_file, "callbacks=EarlyStopping callbacks.monitor=nope")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "nope" in line
+    assert "val/loss" in line  # what there is
+
+
 @pytest.mark.parametrize("callback", CALLBACKS)
 def test_a_callback_works_beside_ours(text_file: Path, workdir: Path, callback: str) -> None:
     words, holds = CALLBACKS[callback]
