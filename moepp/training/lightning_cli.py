@@ -107,11 +107,12 @@ class MoECLI(LightningCLI):
     why_precision = ""  # where nobody said which
 
     def setup_parser(self, *arguments: Any) -> None:
-        """Once in a process: it takes as long as to parse, and a study resolves the options of many runs."""
-        if self.verb not in self.parsers:
+        """Once, as long as nothing fails, which it would remember: it takes as long as to parse, and a study
+        resolves the options of many runs."""
+        if self.verb in self.parsers:
+            self.parser = self.parsers.pop(self.verb)
+        else:
             super().setup_parser(*arguments)
-            self.parsers[self.verb] = self.parser
-        self.parser = self.parsers[self.verb]
 
     def _set_seed(self) -> None:
         require_seed(self.config.seed_everything)
@@ -140,6 +141,7 @@ class MoECLI(LightningCLI):
             before = [f"--data.vocab_size={described['transformer'].pop('vocab_size')}"]
             before += [f"--model.{part}={json.dumps(fields)}" for part, fields in described.items()]
             super().parse_arguments(parser, [*before, *args])
+        self.parsers[self.verb] = parser
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Fill in what depends on the machine and the run: precision, folder, loggers, callbacks."""

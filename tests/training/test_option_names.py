@@ -4,6 +4,7 @@ import sys
 import pytest
 import torch
 
+from moepp.cli import main
 from moepp.training.lightning_cli import MoECLI, OptionsAlone, parse, resolve
 from moepp.training.option_names import CLASSES, find_mistyped, names_in
 
@@ -50,3 +51,11 @@ def test_resolving_options_seeds_nothing() -> None:
     before = torch.get_rng_state()
     assert resolve(["--seed_everything=7"])["seed_everything"] == 7
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_options_that_were_refused_leave_no_trace() -> None:
+    """Where a parser is used again."""
+    for wrong in (["--print_config=nonsense"], ["--print_config", "--model.moe.tau=x"]):
+        assert main(["fit", *wrong]) == 2
+        assert resolve(["--model.moe.tau=0.5"])["model"]["moe"]["tau"] == 0.5
+    assert resolve([])["model"]["moe"]["tau"] == 0.75
