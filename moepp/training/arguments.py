@@ -66,7 +66,7 @@ def with_bases(path: Path) -> list[Path]:
             raise InputError(f"{chain[0]}: is no recipe: it holds no options")
         for name in ("model", "data", "trainer", "checkpoints"):
             if name in recipe and not isinstance(recipe[name], dict | str):  # a name is another file's
-                raise InputError(f"{chain[0]}: {name}: {NO_OPTIONS.format(recipe[name])}")
+                raise InputError(f"{name}: {NO_OPTIONS.format(recipe[name])}")
         if recipe.get("base") is None:
             break
         base = (chain[0].parent / str(recipe["base"]).replace("\0", "")).resolve()
