@@ -80,13 +80,17 @@ def read_yaml(path: Path) -> Any:
         InputError: it is not YAML, or holds itself (`a: &a [*a]`); names the file.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        json.dumps(content, default=str, skipkeys=True)  # finds circles, which others would follow without end
-        return content
+        return without_circles(yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError:
         raise
     except Exception as error:  # YAMLError, and what int(), date() and the stack have to say to a wrong value
         raise InputError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+
+
+def without_circles(content: Any) -> Any:
+    """What YAML holds, as it is. A ValueError if it holds itself, which others would follow without end."""
+    json.dumps(content, default=str, skipkeys=True)
+    return content
 
 
 def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -1,7 +1,6 @@
 """The command line: recipes that build on others, `--ckpt_path last`, and errors of one line."""
 
 import argparse
-import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -12,9 +11,9 @@ from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from moepp.model import InputError
-from moepp.system.files import read_yaml
+from moepp.system.files import read_yaml, without_circles
 from moepp.training.checkpoint import newest_checkpoint
-from moepp.training.option_names import did_you_mean
+from moepp.training.option_names import CLASSES, did_you_mean
 from moepp.training.run_folder import newest_config
 
 NO_OPTIONS = "holds no options but {}: leave it out, or say what in it is to change"
@@ -64,7 +63,7 @@ def with_bases(path: Path) -> list[Path]:
         recipe = read_yaml(chain[0])
         if not isinstance(recipe, dict):
             raise InputError(f"{chain[0]}: is no recipe: it holds no options")
-        for name in ("model", "data", "trainer", "checkpoints"):
+        for name in CLASSES:
             if name in recipe and not isinstance(recipe[name], dict | str):  # a name is another file's
                 raise InputError(f"{name}: {NO_OPTIONS.format(recipe[name])}")
         if recipe.get("base") is None:
@@ -77,13 +76,12 @@ def with_bases(path: Path) -> list[Path]:
 
 
 def load_value(text: str) -> Any:
-    """An option's value. One that holds itself (`&a {b: *a}`) would be followed without end."""
+    """An option's value, which may hold itself: `&a {b: *a}`."""
     value = yaml_load(text)
     try:
-        json.dumps(value, default=str, skipkeys=True)
+        return without_circles(value)
     except ValueError as error:
         raise RecursionError from error
-    return value
 
 
 yaml_load = get_loader("yaml")

@@ -40,9 +40,9 @@ class Summary(L.Callback):
         final = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(FINAL)}
         if not final:
             return
-        samples = ""
-        if trainer.is_global_zero or pl_module.parallel.sharded:  # where each device has a part of the model
-            samples = self.samples(trainer, pl_module)
+        if not (trainer.is_global_zero or pl_module.parallel.sharded):
+            return
+        samples = self.samples(trainer, pl_module)  # by all devices, where each has a part of the model
         if not trainer.is_global_zero:
             return
         run_dir = Path(trainer.default_root_dir)

@@ -4,7 +4,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -49,7 +49,7 @@ class Variant:
         """Of the run of that seed, as in a recipe."""
         return self.resolve(**{"seed_everything": seed} | self.further)
 
-    @cached_property
+    @property
     def options(self) -> dict[str, Any]:
         """Of seed 0: the seed aside, those of every run."""
         return self.options_of(0)
@@ -103,7 +103,7 @@ class Run:
     def name(self) -> str:
         return f"{self.folder.parent.name}/{self.folder.name}"
 
-    @cached_property
+    @property
     def options(self) -> dict[str, Any]:
         """The recipe of this run, resolved from the files when first asked for: nothing is left to look up."""
         return self.variant.options_of(self.seed)
@@ -242,7 +242,7 @@ def resolve(path: Path, matrix: dict[str, Any], base: Path, overrides: list[str]
         start = Start(Variant("start", cache(partial(fit_options, recipe, overrides, {}, None, "start"))), out)
     variants: dict[str, Variant] = {}
     for name, entry in matrix["variants"].items():
-        # a third of a second each, and a search asks for the same ones again
+        # a fifth of a second each, and a search asks for the same ones again
         options = cache(partial(fit_options, base, overrides, entry, start, name))
         plots, paper = tuple(entry.get("plots", ())), entry.get("paper", {})
         variant = Variant(name, options, paper, plots, entry.get("noise", 0.1), entry.get("flops_of"))
