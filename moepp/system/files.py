@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,14 +74,24 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class OnceLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML's own loader takes the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := next((name for name, times in names.items() if times > 1), None):
+            raise yaml.constructor.ConstructorError(problem=f"{twice} stands twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> Any:
     """What the file holds.
 
     Raises:
-        InputError: it is not YAML, or holds itself (`a: &a [*a]`); names the file.
+        InputError: it is not YAML, has a key twice, or holds itself (`a: &a [*a]`); names the file.
     """
     try:
-        return without_circles(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return without_circles(yaml.load(path.read_text(encoding="utf-8"), OnceLoader))
     except OSError:
         raise
     except Exception as error:  # YAMLError, and what int(), date() and the stack have to say to a wrong value

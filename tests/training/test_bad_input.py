@@ -88,6 +88,7 @@ def test_recipes(text_file: Path, workdir: Path, capsys) -> None:
         "seed_everything: null": "seed_everything: must be between 0 and 2^32, got None",
         "model: {optim: '&a {b: *a}'}": "nested too deep, or holds itself",
         "a: &a [*a]": "bad.yaml: is not YAML: Circular reference",
+        "trainer: {max_steps: 3}\ntrainer: {max_epochs: 1}": "bad.yaml: is not YAML: trainer stands twice",
         "a: 2020-13-45": "bad.yaml: is not YAML: month must be in 1..12",
         "a: !!int x": "bad.yaml: is not YAML: invalid literal",
         "[" * 5000: "bad.yaml: is not YAML: maximum recursion depth",
