@@ -17,6 +17,7 @@ MATRICES = {
     "ablate.yaml",
     "convert.yaml",
     "frontier.yaml",
+    "more_compute.yaml",
     "precision.yaml",
 }  # of recipes; tests/study has their tests
 NAMES = sorted({str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml")} - MATRICES)

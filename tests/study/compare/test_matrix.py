@@ -67,6 +67,14 @@ def test_compare_is_vanilla_against_the_recipe_with_overrides_in_both() -> None:
     assert list(differences(vanilla.options, shorter.options)) == [("trainer.max_steps", 7, 5)]
 
 
+def test_what_asks_about_one_thing_changes_one_thing() -> None:
+    _, moepp, dense = load("more_compute.yaml").variants
+    assert list(differences(moepp.options, dense.options)) == [("model.moe.ffn_budget", 1.2, 1.9)]
+    in_float32, in_bf16 = load("precision.yaml").variants
+    changed = [("trainer.precision", "32-true", "bf16-mixed")]
+    assert list(differences(in_float32.options, in_bf16.options)) == changed
+
+
 def test_a_scheduled_budget_costs_what_it_is_on_the_way() -> None:
     variants = {variant.name: variant for variant in load("frontier.yaml", ["--trainer.max_steps=40"]).variants}
     scheduled, held, longer = (variants[name] for name in ("schedule_0.8", "moepp_0.8", "longer_0.8"))
