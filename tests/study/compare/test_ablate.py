@@ -93,6 +93,7 @@ def without_timings(report: Path) -> tuple[str, list[dict[str, str]], str]:
 def test_the_report_holds_what_a_reviewer_asks_for(finished: Path) -> None:
     report = finished / "runs/m/report"
     text = (report / "report.md").read_text()
+    assert "per byte, on all held-out text: mean" in text
     rows = {row["variant"]: row for row in read_csv(report / "results.csv")}
     assert list(rows) == ["vanilla", "moepp"]
     vanilla, moepp = rows["vanilla"], rows["moepp"]

@@ -119,6 +119,7 @@ def test_each_variant_gets_its_own_best_by_the_same_search(finished: Path) -> No
         assert options[out / name / "seed1"]["model"]["optim"]["lr"] == lr
 
     text = (out / "report/report.md").read_text()
+    assert "on the half of the held-out text that nothing was chosen by: mean" in text
     assert "In all 10 runs" in text
     assert "0:00:18 of training" in text  # nine ended
     assert "| vanilla | 0.012 | 0.3 | 400 | inf | exit code 1: diverged | nan | – |" in text
