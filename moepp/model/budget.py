@@ -22,7 +22,7 @@ from .config import MoEConfig
 from .router import Router, Routing
 
 QUANTILES = 129
-WEIGHT = 0.1  # of the last step's quantiles in the average
+WEIGHT = 0.3  # of the last step's quantiles in the average. Large batches' drift by more than they scatter
 REPAID = 0.8  # of the debt, in the next step
 DEBT_WEIGHT = 0.05  # of the last step's debt in its average
 
