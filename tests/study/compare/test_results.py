@@ -22,7 +22,7 @@ VANILLA = {"n_ffn": 2, "n_zero": 0, "n_copy": 0, "n_const": 0, "gating_residual"
 
 
 def variant(name: str, moe: dict, flops_of: str | None = None) -> Variant:
-    data = {"path": "x.txt", "vocab_size": 320, "seq_len": 6, "batch_size": 5}
+    data = {"path": "x.txt", "vocab_size": 320, "seq_len": 6, "batch_size": 5, "val_part": "all"}
     trainer = {"max_steps": 4, "accumulate_grad_batches": 1, "devices": 1}
     options = {"model": {"transformer": SIZES, "moe": moe, "budget": {}}, "data": data, "trainer": trainer}
     return Variant(name, lambda **last: options, flops_of=flops_of)
