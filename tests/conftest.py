@@ -39,9 +39,9 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def small_text() -> str:
+def small_text(seed: int = 0) -> str:
     """About 90 kB of sentences with something to learn in them."""
-    rng = random.Random(0)
+    rng = random.Random(seed)
     lines = []
     for _ in range(1500):
         start = rng.randrange(len(WORDS))
