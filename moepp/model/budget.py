@@ -8,20 +8,19 @@ A batch of one sequence goes by the batches before, by an average of their margi
 evaluation on the way. At the end text of the training is read again with the weights as they are then, for
 evaluation to go by (`calibrate`). All quantiles are kept, so that a trained model can be given another budget.
 
-L layers, X = 1 for all of them together or L, Q quantiles, M margins.
+L layers, X = 1 for all of them together or L, Q quantiles, M = Q - 1.
 """
 
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MoEConfig
 from .margins import level_of, margins
 from .router import Router, Routing
 
-QUANTILES = 129
+QUANTILES = 1025  # with 129, straight lines between them spend 2 % too little at a budget of 0.2
 WEIGHT = 0.3  # of the last step's quantiles in the average. Large batches' drift by more than they scatter
 REPAID = 0.8  # of the debt, in the next step
 
@@ -87,11 +86,9 @@ class Budget(nn.Module):
         which an average of batches' quantiles is not."""
         quantiles_NLQ = of_all_devices(torch.stack(self.pending)[..., :QUANTILES])
         self.pending.clear()
-        margins_LM = torch.cat(
-            [margins_with(quantiles_LQ) for quantiles_LQ in quantiles_NLQ.flatten(0, -3)], dim=1
-        )
-        levels_Q = torch.linspace(0, 1, QUANTILES, device=margins_LM.device)
-        self.quantiles_LQ.copy_(torch.quantile(margins_LM, levels_Q, dim=1).T)
+        middles_LNM = middles(quantiles_NLQ.flatten(0, -3)).transpose(0, 1)
+        levels_Q = torch.linspace(0, 1, QUANTILES, device=middles_LNM.device)
+        self.quantiles_LQ.copy_(torch.quantile(middles_LNM.flatten(1), levels_Q, dim=1).T)
         self.debt_X.zero_()
 
     @torch.no_grad()
@@ -102,12 +99,12 @@ class Budget(nn.Module):
         debt_X = self.debt_X.float()
         aim_2X = ffn_per_token - torch.stack((REPAID * debt_X, 0 * debt_X))  # in training, in evaluation
         # of each of the l layers that share a bias
-        margins_XlM = margins_with(self.quantiles_LQ.float()).unflatten(0, (len(debt_X), -1))
+        middles_XlM = middles(self.quantiles_LQ.float()).unflatten(0, (len(debt_X), -1))
         levels_X2 = level_of(aim_2X.T, self.moe)
         bias_X2 = torch.stack(
-            [torch.quantile(m.flatten(), levels_2) for m, levels_2 in zip(margins_XlM, levels_X2, strict=True)]
+            [torch.quantile(m.flatten(), levels_2) for m, levels_2 in zip(middles_XlM, levels_X2, strict=True)]
         )
-        above_Xl = (margins_XlM > bias_X2[:, :1, None]).float().mean(2)
+        above_Xl = (middles_XlM > bias_X2[:, :1, None]).float().mean(2)
         ffn_Xl = aim_2X[0, :, None] + (most - fewest) * (above_Xl - above_Xl.mean(1, keepdim=True))
         bias_L2 = bias_X2.repeat_interleave(above_Xl.shape[1], dim=0)
         for router, bias_2, ffn in zip(self.routers, bias_L2, ffn_Xl.flatten(), strict=True):
@@ -116,6 +113,6 @@ class Budget(nn.Module):
             router.more_ffn.copy_(ffn - self.moe.expected_ffn_per_token)
 
 
-def margins_with(quantiles_LQ: Tensor) -> Tensor:
-    """(L, M): margins with these quantiles. Between any two of them lie as many."""
-    return F.interpolate(quantiles_LQ[:, None], 8 * (QUANTILES - 1) + 1, mode="linear", align_corners=True)[:, 0]
+def middles(quantiles: Tensor) -> Tensor:
+    """(..., Q) → (..., M). Between any two quantiles lie as many margins."""
+    return (quantiles[..., 1:] + quantiles[..., :-1]) / 2
