@@ -8,7 +8,7 @@ A batch of one sequence goes by the batches before, by an average of their margi
 evaluation on the way. At the end text of the training is read again with the weights as they are then, for
 evaluation to go by (`calibrate`). All quantiles are kept, so that a trained model can be given another budget.
 
-L layers, X = 1 for all of them together or L, Q quantiles, M = Q - 1.
+C margins of a layer, L layers, X = 1 for all of them together or L, N micro-batches, Q quantiles, M = Q - 1.
 """
 
 from collections.abc import Callable
@@ -32,17 +32,17 @@ class Budget(nn.Module):
 
     Args:
         moe: with an `ffn_budget`.
-        routers: of the L layers, whose `choice_bias` and `more_ffn` it sets.
+        routers: of the L layers, whose `choice_bias` and `ffn_offset` it sets.
 
     Attributes:
         quantiles_LQ: the margins' quantiles, at Q equal steps from 0 to 1.
         debt_X: FFN experts per token spent above the budget and not yet repaid or forgiven.
-        seen: () int64, optimizer steps that they are of.
+        steps: () int64, optimizer steps that they are of.
     """
 
     quantiles_LQ: Tensor
     debt_X: Tensor
-    seen: Tensor
+    steps: Tensor
 
     def __init__(self, moe: MoEConfig, routers: list[Router]) -> None:
         super().__init__()
@@ -50,15 +50,15 @@ class Budget(nn.Module):
         self.routers = tuple(routers)  # not as submodules: they have an owner
         self.register_buffer("quantiles_LQ", torch.zeros(len(routers), QUANTILES))
         self.register_buffer("debt_X", torch.zeros(1 if moe.budget_over == "model" else len(routers)))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.pending: list[Tensor] = []  # of the micro-batches of this step: (L, Q + 1)
 
     @torch.no_grad()
     def observe(self, routings: list[Routing]) -> None:
         """Take the quantiles of a micro-batch's margins, and what it spent."""
-        margins_LA = torch.stack([margins(routing.scores, self.moe).flatten() for routing in routings])
-        levels_Q = torch.linspace(0, 1, QUANTILES, device=margins_LA.device)
-        quantiles_QL = torch.quantile(margins_LA.float(), levels_Q, dim=1)
+        margins_LC = torch.stack([margins(routing.scores, self.moe).flatten() for routing in routings])
+        levels_Q = torch.linspace(0, 1, QUANTILES, device=margins_LC.device)
+        quantiles_QL = torch.quantile(margins_LC.float(), levels_Q, dim=1)
         spent_L = torch.stack([routing.computed().sum(1).float().mean() for routing in routings])
         self.pending.append(torch.cat((quantiles_QL.T, spent_L[:, None]), dim=1))
 
@@ -73,12 +73,12 @@ class Budget(nn.Module):
         # would else be paid for with many steps without any FFN expert
         fewest, most = self.moe.ffn_range
         debt_X = debt_X.clamp(ffn_per_token - most, ffn_per_token - fewest)
-        weight = (1 / (self.seen + 1)).clamp(min=WEIGHT)  # the first steps all count alike
+        weight = (1 / (self.steps + 1)).clamp(min=WEIGHT)  # the first steps all count alike
         quantiles_LQ = torch.lerp(self.quantiles_LQ, now_LQ, weight.to(now_LQ))
         finite = now_LQ.isfinite().all()
         self.quantiles_LQ.copy_(quantiles_LQ.where(finite, self.quantiles_LQ))
         self.debt_X.copy_(debt_X.where(finite, self.debt_X))
-        self.seen += finite
+        self.steps += finite
 
     @torch.no_grad()
     def calibrate(self, of_all_devices: Callable[[Tensor], Tensor]) -> None:
@@ -95,24 +95,32 @@ class Budget(nn.Module):
     def spend(self, ffn_per_token: float) -> None:
         """Set the routers' biases so that tokens like those seen take so many FFN experts each, in the mean; and
         how many each layer takes, for sequences that go by others."""
-        fewest, most = self.moe.ffn_range
-        debt_X = self.debt_X.float()
-        aim_2X = ffn_per_token - torch.stack((REPAID * debt_X, 0 * debt_X))  # in training, in evaluation
+        in_training_X = ffn_per_token - REPAID * self.debt_X.float()
+        in_evaluation_X = torch.full_like(in_training_X, ffn_per_token)
         # of each of the l layers that share a bias
-        middles_XlM = middles(self.quantiles_LQ.float()).unflatten(0, (len(debt_X), -1))
-        levels_X2 = level_of(aim_2X.T, self.moe)
-        bias_X2 = torch.stack(
-            [torch.quantile(m.flatten(), levels_2) for m, levels_2 in zip(middles_XlM, levels_X2, strict=True)]
+        middles_XlM = middles(self.quantiles_LQ.float()).unflatten(0, (len(in_training_X), -1))
+        bias_2X = torch.stack(
+            [
+                quantile_by_row(middles_XlM.flatten(1), level_of(aim_X, self.moe))
+                for aim_X in (in_training_X, in_evaluation_X)
+            ]
         )
-        above_Xl = (middles_XlM > bias_X2[:, :1, None]).float().mean(2)
-        ffn_Xl = aim_2X[0, :, None] + (most - fewest) * (above_Xl - above_Xl.mean(1, keepdim=True))
-        bias_L2 = bias_X2.repeat_interleave(above_Xl.shape[1], dim=0)
-        for router, bias_2, ffn in zip(self.routers, bias_L2, ffn_Xl.flatten(), strict=True):
+        fewest, most = self.moe.ffn_range
+        above_Xl = (middles_XlM > bias_2X[0, :, None, None]).float().mean(2)
+        # their mean is the aim, whatever they are: before the first step all are 0
+        ffn_Xl = in_training_X[:, None] + (most - fewest) * (above_Xl - above_Xl.mean(1, keepdim=True))
+        bias_2L = bias_2X.repeat_interleave(above_Xl.shape[1], dim=1)
+        for router, bias_2, ffn in zip(self.routers, bias_2L.T, ffn_Xl.flatten(), strict=True):
             assert router.choice_bias is not None
             router.choice_bias.copy_(bias_2)
-            router.more_ffn.copy_(ffn - self.moe.expected_ffn_per_token)
+            router.ffn_offset.copy_(ffn - self.moe.expected_ffn_per_token)
 
 
 def middles(quantiles: Tensor) -> Tensor:
     """(..., Q) → (..., M). Between any two quantiles lie as many margins."""
     return (quantiles[..., 1:] + quantiles[..., :-1]) / 2
+
+
+def quantile_by_row(rows_XA: Tensor, level_X: Tensor) -> Tensor:
+    """(X,), each row's at its own level."""
+    return torch.stack([torch.quantile(row_A, level) for row_A, level in zip(rows_XA, level_X, strict=True)])

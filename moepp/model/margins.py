@@ -24,7 +24,7 @@ def margins(scores_TE: Tensor, moe: MoEConfig) -> Tensor:
 
 
 def level_of(ffn_per_token: Tensor, moe: MoEConfig) -> Tensor:
-    """The share of all margins that a bias has to be above to leave so many FFN experts in, from 0 to 1."""
+    """The share of all margins that a bias has to leave below it for so many FFN experts, from 0 to 1."""
     fewest, most = moe.ffn_range
     return ((most - ffn_per_token) / (most - fewest)).clamp(0, 1)
 
@@ -33,15 +33,18 @@ def level_of(ffn_per_token: Tensor, moe: MoEConfig) -> Tensor:
 def bias_by_the_others(scores_TE: Tensor, n_sequences: int, ffn_per_token: Tensor, moe: MoEConfig) -> Tensor:
     """(T, 1): for each of B sequences, the bias that spends a budget on the B - 1 others.
 
-    A token must not be chosen for by others of its own sequence, which would look into the future. What a sequence
-    takes more than it should of the others' bias, it makes each of them take less by as much in all: in the sum
-    what batches differ by cancels, to first order.
+    A token must not be chosen for by others of its own sequence, which would look into the future. (Through what
+    it changes in others a sequence moves its own bias in later layers, by next to nothing.) What it takes too much
+    of the others' bias, it makes them take less by as much in all: in the sum what batches differ by cancels, to
+    first order.
     """
     rising_BA = margins(scores_TE, moe).view(n_sequences, -1).sort(dim=1).values
     B, A = rising_BA.shape
     rising_C = rising_BA.flatten().sort().values
-    n_below = (level_of(ffn_per_token, moe) * (B - 1) * A).round().long().clamp(min=1)
-    others_below_BA = torch.searchsorted(rising_C, rising_BA) - torch.arange(A, device=rising_BA.device)
+    n_others = (B - 1) * A
+    # one more margin is below the n-th of N with probability n / (N + 1)
+    n_below = (level_of(ffn_per_token, moe) * (n_others + 1)).round().long().clamp(1, n_others)
+    others_below_BA = torch.searchsorted(rising_C, rising_BA) - torch.searchsorted(rising_BA, rising_BA)
     own_below_B = (others_below_BA < n_below).sum(1)
     # of the others' margins the n-th is that with n - 1 of them and so many of its own before it
     return rising_C[n_below - 1 + own_below_B].repeat_interleave(len(scores_TE) // B)[:, None]

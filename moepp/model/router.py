@@ -93,9 +93,9 @@ class Router(nn.Module):
         # (2,), likewise, but for the choice alone (budget.py): training on one sequence at a time, evaluation
         self.choice_bias: Tensor | None
         self.register_buffer("choice_bias", torch.zeros(2) if moe.ffn_budget is not None else None)
-        # (), FFN experts per token that this layer is to take in training beyond `ffn_budget`
-        self.more_ffn: Tensor
-        self.register_buffer("more_ffn", torch.zeros(()), persistent=False)
+        # (), FFN experts per token that this layer is to take in training above or below `ffn_budget`
+        self.ffn_offset: Tensor
+        self.register_buffer("ffn_offset", torch.zeros(()), persistent=False)  # what `Budget.spend` says
 
     def forward(self, x_BSD: Tensor, previous_logits_TE: Tensor | None = None) -> Routing:
         moe = self.moe
@@ -132,7 +132,7 @@ class Router(nn.Module):
         if self.choice_bias is None or self.moe.ffn_budget is None:
             return None
         if self.training and n_sequences > 1:
-            ffn_per_token = self.moe.ffn_budget + self.more_ffn.float()
+            ffn_per_token = self.moe.ffn_budget + self.ffn_offset.float()
             return bias_by_the_others(scores_TE, n_sequences, ffn_per_token, self.moe)
         return self.choice_bias[0 if self.training else 1]
 

@@ -5,7 +5,7 @@ import torch
 
 from moepp.model import InputError, MoEConfig, Transformer, TransformerConfig
 from moepp.model.budget import QUANTILES, Budget
-from moepp.model.margins import margins
+from moepp.model.margins import bias_by_the_others, margins
 from moepp.model.router import Router, Routing
 
 SIZES = TransformerConfig(50, 2, 32, 48, 2, context_length=32)
@@ -89,6 +89,25 @@ def test_each_sequence_goes_by_all_others_of_its_batch() -> None:
     assert not torch.equal(after.experts[64:], before.experts[64:])
 
 
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize(("B", "S"), [(2, 1), (2, 7), (3, 16), (5, 2)])
+def test_the_bias_is_the_nth_of_the_others_margins_with_ties_or_without(B: int, S: int, rounded: bool) -> None:
+    for kinds, (fewest, most) in KINDS:
+        moe = config(kinds)
+        generator = torch.Generator().manual_seed(B)
+        scores_TE = torch.randn(B * S, moe.n_experts, generator=generator, dtype=torch.float64)
+        if rounded:
+            scores_TE = (2 * scores_TE).round() / 2
+        margins_BA = margins(scores_TE, moe).view(B, -1)
+        for share in (0.0, 0.13, 0.47, 0.91, 1.0):
+            ffn = torch.tensor(fewest + share * (most - fewest))
+            bias_BS = bias_by_the_others(scores_TE, B, ffn, moe).view(B, S)
+            for i in range(B):
+                others = sorted(margins_BA[torch.arange(B) != i].flatten().tolist())
+                n = min(max(round((1 - share) * (len(others) + 1)), 1), len(others))
+                assert bias_BS[i].tolist() == [others[n - 1]] * S
+
+
 def test_what_batches_differ_by_cancels() -> None:
     """Sequences of very different margins: a bias for all of them is off by a fifth of the budget."""
     moe = MoEConfig(ffn_budget=0.2)
@@ -135,7 +154,9 @@ def test_layers_differ_as_they_like_where_the_model_has_the_budget(over: str) ->
     moe = MoEConfig(ffn_budget=1.2, budget_over=over)  # type: ignore[arg-type]
     budget = Budget(moe, [Router(16, moe) for _ in range(3)])
     budget.spend(1.2)
-    assert [float(router.more_ffn) for router in budget.routers] == pytest.approx([0.0] * 3)  # nobody knows better
+    assert [float(router.ffn_offset) for router in budget.routers] == pytest.approx(
+        [0.0] * 3
+    )  # nobody knows better
     generator = torch.Generator().manual_seed(0)
     scores = [torch.randn(4096, 12, generator=generator) for _ in range(3)]
     for scores_TE, shift in zip(scores, (-1.0, 0.0, 1.0), strict=True):
@@ -143,7 +164,7 @@ def test_layers_differ_as_they_like_where_the_model_has_the_budget(over: str) ->
     step(budget, [routing_of(scores_TE, moe) for scores_TE in scores])
     budget.debt_X.fill_(0.1)
     budget.spend(1.2)
-    more = [float(router.more_ffn) for router in budget.routers]
+    more = [float(router.ffn_offset) for router in budget.routers]
     assert sum(more) / 3 == pytest.approx(-0.08)  # of the debt 0.8 are repaid
     if over == "layer":
         assert more == pytest.approx([-0.08] * 3)
@@ -220,7 +241,7 @@ def test_the_average_forgets_and_leaves_out_what_is_not_finite() -> None:
     before = budget.quantiles_LQ.clone()
     step(budget, [routing_of(torch.full((64, 12), torch.nan), moe)])
     assert torch.equal(budget.quantiles_LQ, before)
-    assert budget.seen == 30
+    assert budget.steps == 30
 
 
 def routing_of(scores_TE: torch.Tensor, moe: MoEConfig, biased_TE: torch.Tensor | None = None) -> Routing:
@@ -233,7 +254,7 @@ def test_it_is_in_the_dtype_of_its_model(dtype: torch.dtype) -> None:
     model = Transformer(SIZES, MoEConfig(ffn_budget=1.2)).to(dtype)
     step(model.budget, model.hidden(torch.randint(50, (4, 32)))[1])
     model.set_ffn_budget(0.9)
-    assert all(value.dtype == dtype for name, value in model.state_dict().items() if name != "budget.seen")
+    assert all(value.dtype == dtype for name, value in model.state_dict().items() if name != "budget.steps")
 
 
 def test_evaluation_leaves_it_as_it_is() -> None:
@@ -241,7 +262,7 @@ def test_evaluation_leaves_it_as_it_is() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model(torch.randint(50, (2, 32)))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert {"budget.quantiles_LQ", "budget.seen", "blocks.0.moe.router.choice_bias"} <= set(before)
+    assert {"budget.quantiles_LQ", "budget.steps", "blocks.0.moe.router.choice_bias"} <= set(before)
 
 
 def test_what_no_choice_can_spend_is_refused() -> None:
