@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moepp.model import InputError, MoEConfig, Transformer, TransformerConfig
-from moepp.model.budget import QUANTILES, Budget, margins
+from moepp.model.budget import Budget, margins
 from moepp.model.router import Router, Routing
 
 SIZES = TransformerConfig(50, 2, 32, 48, 2, context_length=32)
@@ -145,7 +145,7 @@ def test_the_average_forgets_and_leaves_out_what_is_not_finite() -> None:
     for n, scores_TE in enumerate(scores, 1):
         step(budget, [routing_of(scores_TE, moe)])
         if n == 3:  # the first steps count alike
-            each = [torch.quantile(margins(s, moe).flatten(), torch.linspace(0, 1, QUANTILES)) for s in scores[:3]]
+            each = [torch.quantile(margins(s, moe).flatten(), torch.linspace(0, 1, 129)) for s in scores[:3]]
             torch.testing.assert_close(budget.quantiles_XQ[0], torch.stack(each).mean(0))
     before = budget.quantiles_XQ.clone()
     step(budget, [routing_of(torch.full((64, 12), torch.nan), moe)])
