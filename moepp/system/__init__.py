@@ -1,1 +1,2 @@
-"""What lies below text and training: files that are whole at every moment, and the machine."""
+"""What lies below text and training: files that are whole at every moment, the machine, and the hub, which may be
+out of reach."""

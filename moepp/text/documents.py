@@ -6,7 +6,6 @@ Nothing here holds more than a piece of a file at a time, so that files larger t
 import gzip
 import io
 import json
-import logging
 import platform
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from moepp.model.errors import InputError
+from moepp.system.hub import go_offline_without_a_network
 from moepp.text.corpus_list import read_list
 
 Document = tuple[str, str]  # domain, text
@@ -90,7 +90,7 @@ def open_hub(path: str) -> Source:
     name = dataset.rsplit("/", 1)[-1]
 
     def documents() -> Iterator[Document]:
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every try
+        go_offline_without_a_network()
         try:
             rows = datasets.load_dataset(dataset, configuration or None, split="train", streaming=True)
             for text in cleaned(text_of(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)):

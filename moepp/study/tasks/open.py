@@ -2,18 +2,16 @@
 
 import logging
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
-import huggingface_hub
 from lm_eval.api.group import Group
 from lm_eval.tasks import TaskManager
 
 from moepp.model.errors import InputError
+from moepp.system.hub import go_offline_without_a_network
 from moepp.text.documents import Document, Source
 from moepp.training.option_names import did_you_mean
 
@@ -78,17 +76,6 @@ def reason(error: Exception) -> str:
             "or name tasks of your own (--include_path)"
         )
     return line if isinstance(error, OSError) else f"{type(error).__name__}: {line}"
-
-
-def go_offline_without_a_network() -> None:
-    """Have Hugging Face's libraries look into their cache alone: they would try five times, for each data set."""
-    try:
-        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=5).close()
-    except urllib.error.HTTPError:
-        pass  # somebody is there
-    except OSError:
-        # both have read the environment by now
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 def task_text(name: str, include_path: str | None = None) -> Source:
