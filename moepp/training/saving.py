@@ -79,6 +79,13 @@ class Checkpoints(Checkpoint):
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, exit_by)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if trainer.state.fn == "validate" and isinstance(exception, SystemExit):
+            say(
+                trainer,
+                "stopped amid the last validation: the training is whole, and --ckpt_path=last validates it",
+            )
+
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         amid_training = trainer.state.fn == "fit" and not trainer.sanity_checking
         if amid_training and self.agreement.any(self.received is not None):

@@ -52,6 +52,30 @@ def test_bad_options(text_file: Path, workdir: Path, capsys, option: str) -> Non
     assert f"checkpoints.{option.split('=')[0]}: must be at least 1" in capsys.readouterr().err
 
 
+def test_a_signal_in_the_last_validation(
+    text_file: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run leaves at once and says what is missing, which the one that goes on makes up for."""
+    whole_step = LitMoE.validation_step
+    options = [*tiny(text_file), "--trainer.max_steps=2"]
+
+    def interrupted(self: LitMoE, batch: dict, batch_idx: int) -> None:
+        if self.trainer.state.fn == "validate":
+            os.kill(os.getpid(), signal.SIGTERM)
+        whole_step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LitMoE, "validation_step", interrupted)
+        with pytest.raises(SystemExit) as stopped:
+            main(["fit", *options])
+    assert stopped.value.code == 143
+    assert "stopped amid the last validation" in capsys.readouterr().out
+    result = Path("runs/moepp/1/result.json")
+    assert not result.exists()
+    assert main(["fit", *options, "--ckpt_path=last"]) == 0
+    assert result.exists()
+
+
 def test_a_signal_does_not_wait_for_a_validation(
     text_file: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
