@@ -36,6 +36,8 @@ def symptoms(tokens_per_expert_LE: Tensor, n_tokens: float, moe: MoEConfig) -> d
     """Signs of a collapse: an expert kind without tokens, one expert with nearly all."""
     seen = {}
     for kind, where in moe.kinds.items():
+        if kind == "ffn" and moe.ffn_budget is not None and moe.budget_over == "model":
+            continue  # a layer may well leave all of a small budget to others
         empty_L = tokens_per_expert_LE[:, where].sum(1) == 0
         if where.start < where.stop and empty_L.any():
             seen[kind] = f"no token takes a {kind} expert in layer {int(empty_L.int().argmax()) + 1}"

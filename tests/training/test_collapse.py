@@ -1,5 +1,7 @@
 """The warning of a collapsed router: after a while, and once as long as it lasts."""
 
+from dataclasses import replace
+
 import torch
 
 from moepp.model import MoEConfig
@@ -35,6 +37,14 @@ def test_a_kind_without_tokens_is_warned_of_once() -> None:
     assert "no token takes a copy expert in layer 2" in lines[PATIENCE - 1][0]
     assert "no token takes a zero expert in layer 2" in lines[PATIENCE - 1][1]
     assert "balance_weight" in lines[PATIENCE - 1][0]
+
+
+def test_a_layer_without_ffn_experts_is_what_a_budget_of_the_whole_model_may_come_to() -> None:
+    without = changed(1, [0.0, 0, 50, 50, 50, 50])
+    assert "no token takes a ffn expert" in said(*[without] * PATIENCE)[-1][0]
+    for budget_over, warned in (("model", False), ("layer", True)):
+        moe = replace(MOE, ffn_budget=0.4, budget_over=budget_over)
+        assert any(said(*[without] * PATIENCE, moe=moe)) == warned
 
 
 def test_one_expert_with_nearly_all_tokens() -> None:
