@@ -73,8 +73,9 @@ def export_hub(model: Transformer, folder: str | Path, **more: Any) -> None:
 def buffers(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     """(name in the folder, tensor) of what a model keeps beside its parameters."""
     for i, router in enumerate(routers(model)):
-        for name, buffer in router.named_buffers():
-            yield f"model.layers.{i}.mlp.gate.{name}", buffer
+        for name, buffer in {"bias": router.bias, "choice_bias": router.choice_bias}.items():
+            if buffer is not None:
+                yield f"model.layers.{i}.mlp.gate.{name}", buffer
     if model.budget is not None:
         for name, buffer in model.budget.named_buffers():
             yield BUDGET + name, buffer

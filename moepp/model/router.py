@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import balance
 from .config import MoEConfig
+from .margins import bias_by_the_others
 
 
 @dataclass
@@ -89,9 +90,12 @@ class Router(nn.Module):
         self.residual = nn.Parameter(torch.empty(E, E)) if moe.gating_residual and not first else None
         self.bias: Tensor | None  # (), on the scores of zero-computation experts: no parameter, a schedule sets it
         self.register_buffer("bias", torch.zeros(()) if moe.score_bias else None)
-        # (2,), likewise, but for the choice alone: in training, in evaluation (budget.py)
+        # (2,), likewise, but for the choice alone (budget.py): training on one sequence at a time, evaluation
         self.choice_bias: Tensor | None
         self.register_buffer("choice_bias", torch.zeros(2) if moe.ffn_budget is not None else None)
+        # (), FFN experts per token that this layer is to take in training above or below `ffn_budget`
+        self.ffn_offset: Tensor
+        self.register_buffer("ffn_offset", torch.zeros(()), persistent=False)  # what `Budget.spend` says
 
     def forward(self, x_BSD: Tensor, previous_logits_TE: Tensor | None = None) -> Routing:
         moe = self.moe
@@ -108,8 +112,7 @@ class Router(nn.Module):
                 std_T1 = logits_TE.std(-1, keepdim=True).clamp(min=1e-12)  # 0 where all logits are equal
                 scores_TE = logits_TE * (moe.logits_norm_std / std_T1)
             scores_TE = self.biased(scores_TE, self.bias)
-            choice_bias = None if self.choice_bias is None else self.choice_bias[0 if self.training else 1]
-            experts_TK = self.choose(self.biased(scores_TE, choice_bias))
+            experts_TK = self.choose(self.biased(scores_TE, self.bias_of_choice(scores_TE, len(x_BSD))))
             gates_TK = self.gates(scores_TE, experts_TK)
             kept_TK = None
             if moe.capacity_factor is not None and self.training:
@@ -123,6 +126,15 @@ class Router(nn.Module):
             return scores_TE
         is_ffn_E = torch.arange(self.moe.n_experts, device=scores_TE.device) < self.moe.n_ffn
         return scores_TE + bias.to(scores_TE.dtype).where(~is_ffn_E, 0.0)
+
+    def bias_of_choice(self, scores_TE: Tensor, n_sequences: int) -> Tensor | None:
+        """() or (T, 1): what holds a budget."""
+        if self.choice_bias is None or self.moe.ffn_budget is None:
+            return None
+        if self.training and n_sequences > 1:
+            ffn_per_token = self.moe.ffn_budget + self.ffn_offset.float()
+            return bias_by_the_others(scores_TE, n_sequences, ffn_per_token, self.moe)
+        return self.choice_bias[0 if self.training else 1]
 
     def matrices(self) -> list[Tensor]:
         """What makes logits of x, one after the other: (E, D), or (8E, D) and (E, 8E)."""

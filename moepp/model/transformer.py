@@ -141,12 +141,13 @@ class Transformer(nn.Module):
         """From now on tokens take so many FFN experts, in the mean over text like that of the training.
 
         Raises:
-            InputError: no choice can spend that, or the model was not trained with a budget.
+            InputError: no choice can spend that, or the model has no margins' quantiles of a training with one.
         """
         self.moe_config.require_budget(ffn_per_token, "ffn_budget")
-        if self.budget is None or self.budget.seen == 0:
+        if self.budget is None or self.budget.steps == 0:
             raise InputError(
-                "ffn_budget: only what was trained with one (model.moe.ffn_budget) can be given another"
+                "ffn_budget: only what was trained with one (model.moe.ffn_budget), and still has its margins' "
+                "quantiles, can be given another"
             )
         self.budget.spend(ffn_per_token)
 

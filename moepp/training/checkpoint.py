@@ -217,7 +217,10 @@ def load(path: str | Path) -> Loaded:
     try:
         model = Transformer(TransformerConfig(**meta["transformer"]), MoEConfig(**meta["moe"]))
         state = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
-        model.load_state_dict({name: state[name] for name in model.state_dict()})
+        own = model.state_dict()
+        # a checkpoint of before may not have these; routers have the biases that came of them
+        budget = {name: value for name, value in own.items() if name.startswith("budget.")}
+        model.load_state_dict({name: (budget | state)[name] for name in own})
         tokenizer = load_tokenizer(meta["tokenizer"], f"{path}: its tokenizer") if meta["tokenizer"] else None
         for key, kind in {"data": str, "data_hash": str, "config": str, "end_of_text": int}.items():
             # a checkpoint of before may not have one

@@ -241,7 +241,10 @@ class LitMoE(L.LightningModule):
                     torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.gradient_norm)
 
     def on_train_start(self) -> None:
-        """The optimizer's state is a checkpoint's, its settings are what the options say now."""
+        """The optimizer's state is a checkpoint's, its settings are what the options say now. So is the budget."""
+        if self.model.budget is not None and self.moe.ffn_budget is not None:
+            steps = int(self.trainer.estimated_stepping_batches)
+            self.model.budget.spend(self.budget.at(self.trainer.global_step, steps, self.moe.ffn_budget))
         groups = self.trainer.optimizers[0].param_groups
         schedule: Any = self.trainer.lr_scheduler_configs[0].scheduler
         schedule.base_lrs = [self.optim.lr] * len(groups)

@@ -54,4 +54,4 @@ def test_two_processes_are_one_run(text_file: Path, workdir: Path, launch) -> No
     assert {path.name for path in run.iterdir()} == names
     assert (run / "train.log").read_text().count("step 2/2") == 1
     assert [float(row["train/tokens"]) for row in read_csv(run)] == [2 * 4 * 32, 2 * 2 * 4 * 32]
-    assert read_checkpoint(step_path(run, 2))["state_dict"]["model.budget.seen"] == 2  # steered by both together
+    assert read_checkpoint(step_path(run, 2))["state_dict"]["model.budget.steps"] == 2  # steered by both together

@@ -31,7 +31,7 @@ def read_at_budgets(text: HeldOut, n_tokens: int, seq_len: int, model: Transform
         seq_len: of its windows.
     """
     moe = model.moe_config
-    if moe.ffn_budget is None or model.budget is None or model.budget.seen == 0:
+    if moe.ffn_budget is None or model.budget is None or model.budget.steps == 0:
         return None
     stride = -(-n_tokens // MOST_TOKENS)
     fewest, most = moe.ffn_range
