@@ -60,7 +60,8 @@ def test_evaluation_keeps_to_it_on_the_text_of_the_training_and_on_more_like_it(
 def ffn_per_token(model: Transformer, batches: list[torch.Tensor]) -> float:
     """FFN experts per token, in the mean over batches of one size, as validation computes it."""
     shares = []
-    with torch.inference_mode(), torch.autocast("cpu", product_dtype(default_precision(torch.device("cpu")))):
+    dtype = product_dtype(default_precision(torch.device("cpu")))
+    with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         for tokens_BS in batches:
             routings = model.hidden(tokens_BS)[1]
             shares.append(sum(float(r.computed().sum(1).float().mean()) for r in routings) / len(routings))
