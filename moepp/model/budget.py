@@ -57,10 +57,8 @@ class Budget(nn.Module):
     def observe(self, routings: list[Routing]) -> None:
         """Take the quantiles of a micro-batch's margins, and what it spent."""
         margins_LC = torch.stack([margins(routing.scores, self.moe).flatten() for routing in routings])
-        levels_Q = torch.linspace(0, 1, QUANTILES, device=margins_LC.device)
-        quantiles_QL = torch.quantile(margins_LC.float(), levels_Q, dim=1)
         spent_L = torch.stack([routing.computed().sum(1).float().mean() for routing in routings])
-        self.pending.append(torch.cat((quantiles_QL.T, spent_L[:, None]), dim=1))
+        self.pending.append(torch.cat((quantiles_of(margins_LC.float()), spent_L[:, None]), dim=1))
 
     @torch.no_grad()
     def step(self, ffn_per_token: float, mean_over_devices: Callable[[Tensor], Tensor]) -> None:
@@ -87,8 +85,7 @@ class Budget(nn.Module):
         quantiles_NLQ = of_all_devices(torch.stack(self.pending)[..., :QUANTILES])
         self.pending.clear()
         middles_LNM = middles(quantiles_NLQ.flatten(0, -3)).transpose(0, 1)
-        levels_Q = torch.linspace(0, 1, QUANTILES, device=middles_LNM.device)
-        self.quantiles_LQ.copy_(torch.quantile(middles_LNM.flatten(1), levels_Q, dim=1).T)
+        self.quantiles_LQ.copy_(quantiles_of(middles_LNM.flatten(1)))
         self.debt_X.zero_()
 
     @torch.no_grad()
@@ -114,6 +111,12 @@ class Budget(nn.Module):
             assert router.choice_bias is not None
             router.choice_bias.copy_(bias_2)
             router.ffn_offset.copy_(ffn - self.moe.expected_ffn_per_token)
+
+
+def quantiles_of(values_LA: Tensor) -> Tensor:
+    """(L, Q), of each layer's values."""
+    levels_Q = torch.linspace(0, 1, QUANTILES, device=values_LA.device)
+    return torch.quantile(values_LA, levels_Q, dim=1).T
 
 
 def middles(quantiles: Tensor) -> Tensor:

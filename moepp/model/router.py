@@ -129,10 +129,10 @@ class Router(nn.Module):
 
     def bias_of_choice(self, scores_TE: Tensor, n_sequences: int) -> Tensor | None:
         """() or (T, 1): what holds a budget."""
-        if self.choice_bias is None or self.moe.ffn_budget is None:
+        if self.choice_bias is None:
             return None
         if self.training and n_sequences > 1:
-            ffn_per_token = self.moe.ffn_budget + self.ffn_offset.float()
+            ffn_per_token = self.moe.expected_ffn_per_token + self.ffn_offset.float()
             return bias_by_the_others(scores_TE, n_sequences, ffn_per_token, self.moe)
         return self.choice_bias[0 if self.training else 1]
 

@@ -201,6 +201,20 @@ def test_hub_streams(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hub_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def load_dataset(*_: object, **__: object) -> None:
+        raise ConnectionError("no\nroute")
+
+    monkeypatch.setattr("moepp.text.documents.go_offline_without_a_network", lambda: None)
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(InputError) as error:
+        documents("hf:some/stories")
+    one_line(error, "cannot read hf:some/stories: no route")
+    monkeypatch.setitem(sys.modules, "datasets", None)  # what importing it then raises is ImportError
+    assert main(["prepare", "hf:some/stories"]) == 2
+    assert "needs datasets: pip install datasets" in capsys.readouterr().err
+
+
+def test_without_a_network_a_data_set_of_the_hub_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)  # the command has to find out
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
@@ -209,6 +223,3 @@ def test_hub_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
         documents("hf:some/stories")
     one_line(error, "cannot read hf:some/stories: Couldn't reach 'some/stories' on the Hub", "without a network")
     assert time.monotonic() - start < 10  # it would try five times
-    monkeypatch.setitem(sys.modules, "datasets", None)  # what importing it then raises is ImportError
-    assert main(["prepare", "hf:some/stories"]) == 2
-    assert "needs datasets: pip install datasets" in capsys.readouterr().err

@@ -52,15 +52,14 @@ def test_bad_options(text_file: Path, workdir: Path, capsys, option: str) -> Non
     assert f"checkpoints.{option.split('=')[0]}: must be at least 1" in capsys.readouterr().err
 
 
-def test_a_signal_in_the_last_validation(
-    text_file: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The run leaves at once and says what is missing, which the one that goes on makes up for."""
+def stopped_in_a_validation(monkeypatch: pytest.MonkeyPatch, options: list[str], stage: str) -> list[int]:
+    """SIGTERM comes with the first batch of a validation in this stage. The step of each batch that was begun."""
     whole_step = LitMoE.validation_step
-    options = [*tiny(text_file), "--trainer.max_steps=2"]
+    steps: list[int] = []
 
     def interrupted(self: LitMoE, batch: dict, batch_idx: int) -> None:
-        if self.trainer.state.fn == "validate":
+        steps.append(self.trainer.global_step)
+        if self.trainer.state.fn == stage and batch_idx == 0:
             os.kill(os.getpid(), signal.SIGTERM)
         whole_step(self, batch, batch_idx)
 
@@ -69,6 +68,15 @@ def test_a_signal_in_the_last_validation(
         with pytest.raises(SystemExit) as stopped:
             main(["fit", *options])
     assert stopped.value.code == 143
+    return steps
+
+
+def test_a_signal_in_the_last_validation(
+    text_file: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run leaves at once and says what is missing, which the one that goes on makes up for."""
+    options = [*tiny(text_file), "--trainer.max_steps=2"]
+    stopped_in_a_validation(monkeypatch, options, "validate")
     assert "stopped amid the last validation" in capsys.readouterr().out
     result = Path("runs/moepp/1/result.json")
     assert not result.exists()
@@ -82,20 +90,7 @@ def test_a_signal_does_not_wait_for_a_validation(
     """The run leaves in the middle of it; the one that goes on validates from the start, with the same result."""
     options = [*tiny(text_file), "--trainer.max_steps=6", "--trainer.val_check_interval=3"]
     assert main(["fit", *options]) == 0
-    whole_step, steps = LitMoE.validation_step, []
-
-    def interrupted(self: LitMoE, batch: dict, batch_idx: int) -> None:
-        steps.append(self.trainer.global_step)
-        if batch_idx == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        whole_step(self, batch, batch_idx)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LitMoE, "validation_step", interrupted)
-        with pytest.raises(SystemExit) as stopped:
-            main(["fit", *options])
-    assert stopped.value.code == 143
-    assert steps == [3]
+    assert stopped_in_a_validation(monkeypatch, options, "fit") == [3]
     assert main(["fit", *options, "--ckpt_path=last"]) == 0
     rows = [
         [{k: v for k, v in row.items() if not k.startswith("speed/")} for row in read_csv(Path(f"runs/moepp/{n}"))]
