@@ -40,7 +40,8 @@ def symptoms(tokens_per_expert_LE: Tensor, n_tokens: float, moe: MoEConfig) -> d
             continue  # a layer may well leave all of a small budget to others
         empty_L = tokens_per_expert_LE[:, where].sum(1) == 0
         if where.start < where.stop and empty_L.any():
-            seen[kind] = f"no token takes a {kind} expert in layer {int(empty_L.int().argmax()) + 1}"
+            a = "an" if kind == "ffn" else "a"
+            seen[kind] = f"no token takes {a} {kind} expert in layer {int(empty_L.int().argmax()) + 1}"
     busiest = tokens_per_expert_LE.max() / n_tokens
     if busiest >= NEARLY_ALL and moe.top_k < moe.n_experts:
         layer, expert = divmod(int(tokens_per_expert_LE.argmax()), moe.n_experts)

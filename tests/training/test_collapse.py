@@ -41,7 +41,7 @@ def test_a_kind_without_tokens_is_warned_of_once() -> None:
 
 def test_a_layer_without_ffn_experts_is_what_a_budget_of_the_whole_model_may_come_to() -> None:
     without = changed(1, [0.0, 0, 50, 50, 50, 50])
-    assert "no token takes a ffn expert" in said(*[without] * PATIENCE)[-1][0]
+    assert "no token takes an ffn expert" in said(*[without] * PATIENCE)[-1][0]
     for budget_over, warned in (("model", False), ("layer", True)):
         moe = replace(MOE, ffn_budget=0.4, budget_over=budget_over)
         assert any(said(*[without] * PATIENCE, moe=moe)) == warned
