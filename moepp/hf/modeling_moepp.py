@@ -298,19 +298,18 @@ class MoeppModel(MoeppPreTrainedModel):
         )
 
 
-def load_balance_loss(
-    scores: tuple[Tensor, ...], choices: tuple[Tensor, ...], attention_mask: Tensor | None, config: MoeppConfig
-) -> Tensor:
+def load_balance_loss(scores: tuple[Tensor, ...], attention_mask: Tensor | None, config: MoeppConfig) -> Tensor:
     """Mean over layers of L_b = Σ_i η_i f_i P_i, η = 1 for FFN experts, τ for the others (equation 7).
 
-    f_i is the share of tokens that chose expert i, P_i its mean probability. Padding does not count.
+    f_i is the share of tokens that score expert i among their best, P_i its mean probability. Padding does not
+    count. With a budget τ is the one that gives as many FFN experts at balance.
     """
-    scores_LTE, choice_LTE = (torch.stack([each.to(scores[0].device) for each in of]) for of in (scores, choices))
+    scores_LTE = torch.stack([each.to(scores[0].device) for each in scores])
     if attention_mask is not None and attention_mask.dim() == 2:
         S = scores_LTE.shape[1] // len(attention_mask)
         counts_T = attention_mask[:, -S:].flatten().bool()
-        scores_LTE, choice_LTE = scores_LTE[:, counts_T], choice_LTE[:, counts_T]
-    chosen_LTK = choice_LTE.topk(config.num_experts_per_tok, dim=-1).indices
+        scores_LTE = scores_LTE[:, counts_T]
+    chosen_LTK = scores_LTE.topk(config.num_experts_per_tok, dim=-1).indices
     f_LE = torch.zeros_like(scores_LTE).scatter(2, chosen_LTK, 1.0).mean(1)
     P_LE = scores_LTE.softmax(-1).mean(1)
     groups = [config.num_experts, config.n_routed - config.num_experts]
@@ -320,7 +319,10 @@ def load_balance_loss(
             for value in (f_LE, P_LE)
         )
     ffn_LF, others_LN = (f_LE * P_LE).split(groups, dim=1)
-    return (ffn_LF.sum(1) + config.tau * others_LN.sum(1)).mean()
+    tau, budget = config.tau, config.ffn_budget
+    if budget is not None:
+        tau = budget * groups[1] / ((config.num_experts_per_tok - budget) * groups[0])
+    return (ffn_LF.sum(1) + tau * others_LN.sum(1)).mean()
 
 
 class MoeppForCausalLM(MoeppPreTrainedModel, GenerationMixin):
@@ -354,9 +356,7 @@ class MoeppForCausalLM(MoeppPreTrainedModel, GenerationMixin):
         asked = self.config.output_router_logits if output_router_logits is None else output_router_logits
         loss = aux_loss = None
         if asked or self.training:
-            layers: Any = zip(self.model.layers, outputs.router_logits, strict=True)
-            choices = tuple(layer.mlp.gate.choice(scores_TE) for layer, scores_TE in layers)
-            aux_loss = load_balance_loss(outputs.router_logits, choices, attention_mask, self.config)
+            aux_loss = load_balance_loss(outputs.router_logits, attention_mask, self.config)
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
             if self.training:  # Trainer adds up a step's micro-batches, each by its share of the step's labels

@@ -42,7 +42,7 @@ def load_balance_loss(probs_TE: Tensor, f_E: Tensor, moe: MoEConfig) -> Tensor:
             torch.cat([part.mean().expand(len(part)) for part in value_E.split(groups) if len(part)])
             for value_E in (f_E, P_E)
         )
-    eta_E = torch.full_like(P_E, moe.tau)
+    eta_E = torch.full_like(P_E, moe.balance_tau)
     eta_E[moe.kinds["ffn"]] = 1.0
     return (eta_E * f_E * P_E).sum()
 

@@ -23,7 +23,8 @@ class MoEConfig:
         n_copy: copy experts, output x.
         n_const: constant experts, output a1·x + a2·v.
         top_k: experts chosen per token, K.
-        tau: τ > 0. The smaller, the more tokens go to zero-computation experts (equations 7 and 8).
+        tau: τ > 0. The smaller, the more tokens go to zero-computation experts (equations 7 and 8). Where there
+            is a budget it is not asked for (`balance_tau`).
         balance_weight: β, the weight of the load-balance loss.
         capacity_factor: γ > 0 of the heterogeneous capacity (equation 8), of each device's own tokens; null is
             dropless.
@@ -124,9 +125,16 @@ class MoEConfig:
         }
 
     @property
+    def balance_tau(self) -> float:
+        """τ of equations 7 and 8; with a budget the one that gives as many FFN experts at balance."""
+        if self.ffn_budget is None:
+            return self.tau
+        return self.ffn_budget * self.n_zero_computation / ((self.top_k - self.ffn_budget) * self.n_ffn)
+
+    @property
     def ffn_share(self) -> float:
         """Share of all assignments that FFN experts take at balance: τ·N_FFN / (τ·N_FFN + N_ZC)."""
-        return self.tau * self.n_ffn / (self.tau * self.n_ffn + self.n_zero_computation)
+        return self.balance_tau * self.n_ffn / (self.balance_tau * self.n_ffn + self.n_zero_computation)
 
     @property
     def expected_ffn_per_token(self) -> float:
@@ -137,10 +145,9 @@ class MoEConfig:
         """Assignments that one FFN and one zero-computation expert may take out of `n_tokens` · K (equation 8)."""
         if self.capacity_factor is None:
             raise InputError("moe.capacity_factor: is null, so there is no capacity")
-        per_expert = (
-            self.capacity_factor * n_tokens * self.top_k / (self.tau * self.n_ffn + self.n_zero_computation)
-        )
-        return self.tau * per_expert, per_expert
+        parts = self.balance_tau * self.n_ffn + self.n_zero_computation
+        per_expert = self.capacity_factor * n_tokens * self.top_k / parts
+        return self.balance_tau * per_expert, per_expert
 
 
 @dataclass(frozen=True)

@@ -63,10 +63,22 @@ class Routing:
         """(E,) int64: how many tokens chose each expert, before any capacity."""
         return balance.count_assignments(self.experts, self.moe.n_experts)
 
+    def unbiased_tokens_per_expert(self) -> Tensor:
+        """(E,) int64: how many would have without the bias that holds a budget.
+
+        The load balance is of these. So the router learns to come to the budget by itself, and little is left to
+        hold. Of the choice that is held it would push on without an effect that it could see, until tokens go to
+        experts whose gates are next to 0 (recipes/results/LOG.md).
+        """
+        if self.moe.ffn_budget is None:
+            return self.tokens_per_expert()
+        unbiased_TK = self.scores.topk(self.moe.top_k, dim=-1).indices
+        return balance.count_assignments(unbiased_TK, self.moe.n_experts)
+
 
 def mean_load_balance_loss(routings: list[Routing]) -> Tensor:
     """Mean of L_b over the MoE layers, what β multiplies."""
-    count_LE = torch.stack([routing.tokens_per_expert() for routing in routings])
+    count_LE = torch.stack([routing.unbiased_tokens_per_expert() for routing in routings])
     f_LE = balance.shares(count_LE.to(routings[0].scores.dtype), routings[0].moe)
     losses = [balance.load_balance_loss(r.probs, f_E, r.moe) for r, f_E in zip(routings, f_LE, strict=True)]
     return torch.stack(losses).mean()

@@ -14,7 +14,7 @@ def oracle_layer(
     """(y (T, D), logits (T, E), L_b). Tokens are positions of one sequence. Differentiable by plain autograd."""
     moe, E = layer.moe, layer.moe.n_experts
     room = capacities(moe, len(x_TD)) if training and moe.capacity_factor else [math.inf] * E
-    outputs, logits, chosen_by_token, probs_by_token = [], [], [], []
+    outputs, logits, unbiased_by_token, probs_by_token = [], [], [], []
     for t, x in enumerate(x_TD):
         g = x
         for i, weight in enumerate(layer.router.weights):
@@ -42,17 +42,17 @@ def oracle_layer(
             room[i] -= 1
         outputs.append(y)
         logits.append(g)
-        chosen_by_token.append(chosen)
+        unbiased_by_token.append(sorted(range(E), key=lambda i: -scores[i].item())[: moe.top_k])
         probs_by_token.append(probs)
     T, loss = len(x_TD), torch.zeros((), dtype=x_TD.dtype)
     if moe.balance_groups:  # ZEDA's formula (arXiv 2605.18643) with w = 1/τ, in equation 7's units
-        for eta, members in ((1.0, range(moe.n_ffn)), (moe.tau, range(moe.n_ffn, E))):
-            f = sum(i in chosen for chosen in chosen_by_token for i in members) / T
+        for eta, members in ((1.0, range(moe.n_ffn)), (tau_of(moe), range(moe.n_ffn, E))):
+            f = sum(i in chosen for chosen in unbiased_by_token for i in members) / T
             P = sum(probs[i] for probs in probs_by_token for i in members) / T
             loss = loss + (eta * f * P / len(members) if len(members) else 0)
     for i in range(E if not moe.balance_groups else 0):
-        eta = 1.0 if kind(moe, i) == "ffn" else moe.tau
-        f = sum(i in chosen for chosen in chosen_by_token) / T
+        eta = 1.0 if kind(moe, i) == "ffn" else tau_of(moe)
+        f = sum(i in chosen for chosen in unbiased_by_token) / T
         loss = loss + eta * f * sum(probs[i] for probs in probs_by_token) / T
     return torch.stack(outputs), torch.stack(logits), loss
 
@@ -63,10 +63,17 @@ def kind(moe: MoEConfig, i: int) -> str:
 
 def capacities(moe: MoEConfig, n_tokens: int) -> list[float]:
     assert moe.capacity_factor is not None
-    unit = (
-        moe.capacity_factor * n_tokens * moe.top_k / (moe.tau * moe.n_ffn + moe.n_const + moe.n_copy + moe.n_zero)
-    )
-    return [math.floor(unit * (moe.tau if kind(moe, i) == "ffn" else 1)) for i in range(moe.n_experts)]
+    tau = tau_of(moe)
+    unit = moe.capacity_factor * n_tokens * moe.top_k / (tau * moe.n_ffn + moe.n_const + moe.n_copy + moe.n_zero)
+    return [math.floor(unit * (tau if kind(moe, i) == "ffn" else 1)) for i in range(moe.n_experts)]
+
+
+def tau_of(moe: MoEConfig) -> float:
+    """That of which as many FFN experts come at balance: K·τ·N_FFN / (τ·N_FFN + N_ZC) = the budget."""
+    if moe.ffn_budget is None:
+        return moe.tau
+    n_others = moe.n_const + moe.n_copy + moe.n_zero
+    return n_others * moe.ffn_budget / (moe.n_ffn * (moe.top_k - moe.ffn_budget))
 
 
 def expert(layer: MoELayer, i: int, x: Tensor) -> Tensor:

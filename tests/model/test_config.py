@@ -70,6 +70,15 @@ def test_ffn_share_is_the_inverse_of_the_papers_ideal(tau: float, share: float) 
     assert MoEConfig(tau=tau).ffn_share == pytest.approx(share)
 
 
+@pytest.mark.parametrize("budget", [0.2, 1.2, 1.9])
+def test_a_budget_has_a_tau_of_its_own(budget: float) -> None:
+    moe = MoEConfig(tau=3.0, capacity_factor=1.1, ffn_budget=budget)
+    assert MoEConfig(tau=moe.balance_tau).expected_ffn_per_token == pytest.approx(budget)
+    assert moe.ffn_share == pytest.approx(budget / 2)
+    ffn, zero_computation = moe.capacities(n_tokens=10)
+    assert (8 * ffn, 4 * zero_computation) == pytest.approx((11 * budget, 11 * (2 - budget)))
+
+
 def test_kinds_are_in_the_released_order() -> None:
     kinds = MoEConfig(n_ffn=3, n_const=2, n_copy=1, n_zero=2).kinds
     assert {kind: list(range(8))[where] for kind, where in kinds.items()} == {

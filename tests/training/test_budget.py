@@ -9,6 +9,7 @@ import torch
 
 from moepp.cli import main
 from moepp.model import Transformer
+from moepp.model.router import routers
 from moepp.system.machine import default_precision, product_dtype
 from moepp.text.batches import TrainBatches, TrainOrder
 from moepp.text.token_files import TokenFiles
@@ -47,14 +48,32 @@ def test_it_is_held_in_training_and_on_other_text(run: Path) -> None:
 def test_evaluation_keeps_to_it_on_the_text_of_the_training_and_on_more_like_it(run: Path) -> None:
     """With the weights and the bias that the checkpoint has."""
     model = load(run / "run/checkpoints/step-00000120.ckpt").model
-    (folder,) = (run / "data/prepared").glob("small*")
-    files = TokenFiles.open(folder)
-    batches = TrainBatches(files, TrainOrder(len(files.train), 32, 16, seed=0))
-    assert ffn_per_token(model, [batches[n]["inputs"] for n in range(120)]) == pytest.approx(0.7, rel=0.01)
+    files = text_of(run)
+    assert ffn_per_token(model, batches_of(files)) == pytest.approx(0.7, rel=0.01)
     others = torch.tensor(files.tokenizer.encode(small_text(seed=1)).ids)
     others_NBS = others[: len(others) // 512 * 512].view(-1, 16, 32)  # 32,256 tokens
     # −0.7 to +1.7 % over six seeds of training, this one +1.7 %
     assert ffn_per_token(model, list(others_NBS)) == pytest.approx(0.7, rel=0.03)
+
+
+def test_the_router_comes_to_it_by_itself(run: Path) -> None:
+    """Without the bias it is as good as held. Were the load balance that of the choice, it would be 1.96."""
+    model = load(run / "run/checkpoints/step-00000120.ckpt").model
+    for router in routers(model):
+        assert router.choice_bias is not None
+        router.choice_bias.zero_()
+    assert ffn_per_token(model, batches_of(text_of(run))) == pytest.approx(0.7, rel=0.1)
+
+
+def text_of(run: Path) -> TokenFiles:
+    (folder,) = (run / "data/prepared").glob("small*")
+    return TokenFiles.open(folder)
+
+
+def batches_of(files: TokenFiles) -> list[torch.Tensor]:
+    """Those of the run's 120 steps, (16, 32) each."""
+    batches = TrainBatches(files, TrainOrder(len(files.train), 32, 16, seed=0))
+    return [batches[n]["inputs"] for n in range(120)]
 
 
 def ffn_per_token(model: Transformer, batches: list[torch.Tensor]) -> float:
