@@ -120,3 +120,11 @@ class MoeppConfig(PreTrainedConfig):
     def n_routed(self) -> int:
         """E, all experts that the router knows."""
         return self.num_experts + self.n_const + self.n_copy + self.n_zero
+
+    @property
+    def balance_tau(self) -> float:
+        """τ of the load balance; with a budget the one that gives as many FFN experts at balance."""
+        if self.ffn_budget is None:
+            return self.tau
+        left = self.num_experts_per_tok - self.ffn_budget
+        return self.ffn_budget * (self.n_routed - self.num_experts) / (left * self.num_experts)

@@ -302,7 +302,7 @@ def load_balance_loss(scores: tuple[Tensor, ...], attention_mask: Tensor | None,
     """Mean over layers of L_b = Σ_i η_i f_i P_i, η = 1 for FFN experts, τ for the others (equation 7).
 
     f_i is the share of tokens that score expert i among their best, P_i its mean probability. Padding does not
-    count. With a budget τ is the one that gives as many FFN experts at balance.
+    count.
     """
     scores_LTE = torch.stack([each.to(scores[0].device) for each in scores])
     if attention_mask is not None and attention_mask.dim() == 2:
@@ -319,10 +319,7 @@ def load_balance_loss(scores: tuple[Tensor, ...], attention_mask: Tensor | None,
             for value in (f_LE, P_LE)
         )
     ffn_LF, others_LN = (f_LE * P_LE).split(groups, dim=1)
-    tau, budget = config.tau, config.ffn_budget
-    if budget is not None:
-        tau = budget * groups[1] / ((config.num_experts_per_tok - budget) * groups[0])
-    return (ffn_LF.sum(1) + tau * others_LN.sum(1)).mean()
+    return (ffn_LF.sum(1) + config.balance_tau * others_LN.sum(1)).mean()
 
 
 class MoeppForCausalLM(MoeppPreTrainedModel, GenerationMixin):

@@ -30,10 +30,10 @@ def shares(count_XE: Tensor, moe: MoEConfig) -> Tensor:
 def load_balance_loss(probs_TE: Tensor, f_E: Tensor, moe: MoEConfig) -> Tensor:
     """L_b = Σ_i η_i f_i P_i with η = 1 for FFN experts and τ for the others (equation 7).
 
-    f_i (`shares`) is counted before any capacity and carries no gradient; P_i is the mean probability of expert i
-    here: what gradients of several devices are averaged to is that of the mean over all tokens. With
-    `balance_groups` both are taken as spread evenly over the FFN experts, and over the others: their shares are
-    balanced, single experts are not. Returns a scalar.
+    f_i (`shares`), counted before any capacity and without the bias that holds a budget, carries no gradient;
+    P_i is the mean probability of expert i here: what gradients of several devices are averaged to is that of the
+    mean over all tokens. With `balance_groups` both are taken as spread evenly over the FFN experts, and over the
+    others: their shares are balanced, single experts are not. Returns a scalar.
     """
     P_E = probs_TE.mean(0)
     if moe.balance_groups:

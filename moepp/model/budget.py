@@ -2,7 +2,8 @@
 
 In training each sequence of a batch goes by the others, on every device by those there (margins.py). What they
 have to be told is how many FFN experts a layer takes, where the budget is a mean over layers, and what the steps
-before spent too much.
+before spent too much. The load balance is of the choice without the bias, so that the router comes to the budget
+by itself (`Routing.unbiased_tokens_per_expert`).
 
 A batch of one sequence goes by the batches before, by an average of their margins' quantiles, and so does
 evaluation on the way. At the end text of the training is read again with the weights as they are then, for

@@ -127,9 +127,11 @@ class MoEConfig:
     @property
     def balance_tau(self) -> float:
         """τ of equations 7 and 8; with a budget the one that gives as many FFN experts at balance."""
-        if self.ffn_budget is None:
-            return self.tau
-        return self.ffn_budget * self.n_zero_computation / ((self.top_k - self.ffn_budget) * self.n_ffn)
+        return self.tau if self.ffn_budget is None else self.tau_for(self.ffn_budget)
+
+    def tau_for(self, ffn_per_token: float) -> float:
+        """τ of which so many FFN experts per token are the balance."""
+        return ffn_per_token * self.n_zero_computation / ((self.top_k - ffn_per_token) * self.n_ffn)
 
     @property
     def ffn_share(self) -> float:

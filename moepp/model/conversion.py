@@ -53,11 +53,11 @@ def add_zero_computation(
     require(old.logits_norm_std is None, "moe.logits_norm_std", old.logits_norm_std, "must be null to add experts")
     require(n_zero + n_copy + n_const > 0, "n_zero", n_zero, "must be positive, or n_copy or n_const")
     require(noise >= 0, "noise", noise, "must not be negative")
-    ffn_share = 2 / 3 if ffn_per_token is None else ffn_per_token / old.top_k
-    require(0 < ffn_share < 1, "ffn_per_token", ffn_per_token, f"must be above 0 and below top_k={old.top_k}")
+    ffn_per_token = 2 / 3 * old.top_k if ffn_per_token is None else ffn_per_token
+    possible = 0 < ffn_per_token < old.top_k
+    require(possible, "ffn_per_token", ffn_per_token, f"must be above 0 and below top_k={old.top_k}")
     moe = replace(
         old,
-        tau=ffn_share / (1 - ffn_share) * (n_zero + n_copy + n_const) / old.n_ffn,
         n_zero=n_zero,
         n_copy=n_copy,
         n_const=n_const,
@@ -65,6 +65,7 @@ def add_zero_computation(
         balance_groups=True,
         score_bias=True,
     )
+    moe = replace(moe, tau=moe.tau_for(ffn_per_token))
     torch.manual_seed(seed)
     new = Transformer(model.config, moe)
     for name, parameter in model.named_parameters():

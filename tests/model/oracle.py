@@ -31,7 +31,7 @@ def oracle_layer(
         choice = scores.clone()
         if moe.ffn_budget is not None:
             choice[moe.n_ffn :] += layer.router.choice_bias[0 if layer.training else 1]
-        chosen = sorted(range(E), key=lambda i: -choice[i].item())[: moe.top_k]
+        chosen = best(choice, moe.top_k)
         weighed = [i for i in chosen if kind(moe, i) != "zero"]
         y = torch.zeros_like(x)
         for i in weighed:
@@ -42,7 +42,7 @@ def oracle_layer(
             room[i] -= 1
         outputs.append(y)
         logits.append(g)
-        unbiased_by_token.append(sorted(range(E), key=lambda i: -scores[i].item())[: moe.top_k])
+        unbiased_by_token.append(best(scores, moe.top_k))
         probs_by_token.append(probs)
     T, loss = len(x_TD), torch.zeros((), dtype=x_TD.dtype)
     if moe.balance_groups:  # ZEDA's formula (arXiv 2605.18643) with w = 1/τ, in equation 7's units
@@ -55,6 +55,10 @@ def oracle_layer(
         f = sum(i in chosen for chosen in unbiased_by_token) / T
         loss = loss + eta * f * sum(probs[i] for probs in probs_by_token) / T
     return torch.stack(outputs), torch.stack(logits), loss
+
+
+def best(scores_E: Tensor, k: int) -> list[int]:
+    return sorted(range(len(scores_E)), key=lambda i: -scores_E[i].item())[:k]
 
 
 def kind(moe: MoEConfig, i: int) -> str:
