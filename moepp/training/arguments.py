@@ -75,6 +75,30 @@ def with_bases(path: Path) -> list[Path]:
     return chain
 
 
+def naming_recipe(line: str, arguments: list[str]) -> str:
+    """An error's line about an option, with the recipe that has the option, or the value that the line is of."""
+    found = re.search(r"""^(\w+\.[\w.]+): |(no option) '([\w.]+)|Parser key "([\w.]+)""", line)
+    if found is None:
+        return line
+    names = (found[1] or found[3] or found[4]).split(".")
+    recipes = [value for flag, value in pairwise(arguments) if flag == "--config" and Path(value).is_file()]
+    for path in reversed(recipes):
+        recipe = read_yaml(Path(path))
+        for value in (*values_at(recipe, names), *values_at(recipe, ["model", *names])):  # `moe.n_ffn: …`
+            if found[2] or re.search(rf"(?<![\w.-]){re.escape(str(value))}(?![\w.])", line):
+                return f"{line}, in {path}"
+    return line
+
+
+def values_at(recipe: Any, names: list[str]) -> list[Any]:
+    """What is at names[0].names[1]. …, if anything."""
+    for name in names:
+        if not isinstance(recipe, dict) or name not in recipe:
+            return []
+        recipe = recipe[name]
+    return [recipe]
+
+
 def load_value(text: str) -> Any:
     """An option's value, which may hold itself: `&a {b: *a}`."""
     value = yaml_load(text)

@@ -22,7 +22,7 @@ from moepp.model.config import require
 from moepp.system.machine import default_precision, device_name, keep_freed_memory, quiet_lightning
 from moepp.text.data_module import TokenDataModule
 from moepp.text.tokenizer import padded_vocab_size
-from moepp.training.arguments import NO_OPTIONS, OneLineParser, expand_bases, expand_last
+from moepp.training.arguments import NO_OPTIONS, OneLineParser, expand_bases, expand_last, naming_recipe
 from moepp.training.bad_steps import BadSteps
 from moepp.training.checkpoint import CheckpointFiles, naming_checkpoint, read_rest
 from moepp.training.csv_log import CSVLog
@@ -91,6 +91,8 @@ def parse(cli: type["MoECLI"], verb: str, arguments: list[str]) -> "MoECLI":
             args=arguments,
             run=False,  # its own verbs would be parsed twice
         )
+    except InputError as error:
+        raise InputError(naming_recipe(str(error), arguments)) from error
     except (OmegaConfBaseException, MisconfigurationException) as error:
         raise InputError(str(error).splitlines()[0]) from error
     except (ValueError, RuntimeError) as error:  # of a logger or callback whose package or metric is not there

@@ -99,6 +99,17 @@ def test_recipes(text_file: Path, workdir: Path, capsys) -> None:
         assert message in refused(capsys, "fit", *tiny(text_file), "--config=bad.yaml")
 
 
+def test_of_a_chain_of_recipes_the_one_at_fault_is_named(text_file: Path, workdir: Path, capsys) -> None:
+    Path("last.yaml").write_text("base: first.yaml\ntrainer: {max_steps: 3}")
+    for text in ("model: {moe: {n_zeroo: 1}}", "model: {moe: {n_zero: two}}", "model: {moe: {n_zero: -1}}"):
+        Path("first.yaml").write_text(text)
+        line = refused(capsys, "fit", *tiny(text_file), "--config=last.yaml")
+        assert line.endswith(f", in {Path('first.yaml').resolve()}")
+    Path("first.yaml").write_text("model: {moe: {n_zero: 1}}")
+    for option in ("--model.moe.n_zero=-1", "--model.moe={n_zero: -1}", "--model.moe.n_zeroo=1"):
+        assert ", in " not in refused(capsys, "fit", *tiny(text_file), "--config=last.yaml", option)
+
+
 def test_text(text_file: Path, workdir: Path, capsys) -> None:
     Path("empty.txt").write_text("")
     Path("short.txt").write_text("A few words.\n\nAnd some more.")
