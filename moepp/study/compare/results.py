@@ -146,7 +146,7 @@ def compare(
         "speedup_ideal": ideal_flops / ffn_flops(variant.transformer, ffn_expected),
         "speed_rounds": 0,
         **speed,
-        "tau": variant.moe.tau,
+        "tau": variant.moe.balance_tau,
         "n_const": variant.moe.n_const,
     }
     for name, values in ours.filter(regex=f"^{FINAL}({LOSS}|{BITS})").items():
