@@ -106,8 +106,12 @@ class LitMoE(L.LightningModule):
         if self.init_from is not None and not self.resumed:
             other = start_from(self.model, self.init_from, tokenizer)
             say(self.trainer, f"starts from {self.init_from}" + (f" with {', '.join(other)}" if other else ""))
+        self.load_teacher(tokenizer)
+
+    def load_teacher(self, tokenizer_json: str) -> None:
+        """The one of `distill`, if any, which has to have this tokenizer."""
         if self.distill.teacher is not None:
-            self.teacher = Teacher(self.distill.teacher, self.transformer, tokenizer)
+            self.teacher = Teacher(self.distill.teacher, self.transformer, tokenizer_json)
             self.teacher.model.to(self.model.head.weight)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -17,7 +17,7 @@ from moepp.system.files import read_yaml
 from moepp.text.tokenizer import padded_vocab_size
 from moepp.training import lightning_cli
 from moepp.training.checkpoint import step_path
-from moepp.training.start import BudgetConfig
+from moepp.training.start import BudgetConfig, described_in
 
 PLOTS = ("curves", "tau", "constants", "compute", "frontier")
 # of the values of a matrix, and of its `quick` and `tune`, which take the place of the matrix's own
@@ -44,6 +44,7 @@ class Variant:
     noise: float = 0.1  # of rows that conversion adds to the router (model/conversion.py)
     flops_of: str | None = None  # another variant, whose training costs as much
     further: dict[str, Any] = field(default_factory=dict)  # options that come last: {"model.optim.lr": 0.003}
+    start: "Start | None" = None  # what its runs go on from
 
     def options_of(self, seed: int) -> dict[str, Any]:
         """Of the run of that seed, as in a recipe."""
@@ -81,8 +82,17 @@ class Variant:
         return self.steps * accumulated * self.devices * data["batch_size"] * data["seq_len"]
 
     def training_flops_per_token(self, ffn_per_token: Any) -> Any:
-        """Forward and backward; of a number or of an array of numbers."""
-        return 3 * flops_per_token(self.transformer, self.moe, self.options["data"]["seq_len"], ffn_per_token)
+        """Forward and backward, and forward through a teacher; of a number or of an array of numbers."""
+        seq_len, teacher = self.options["data"]["seq_len"], self.options["model"]["distill"]["teacher"]
+        own = 3 * flops_per_token(self.transformer, self.moe, seq_len, ffn_per_token)
+        if teacher is None:
+            return own
+        if self.start is not None and teacher == str(self.start.checkpoint(0)):  # which need not be there yet
+            transformer, moe = self.start.variant.transformer, self.start.variant.moe
+        else:
+            described = described_in(teacher)
+            transformer, moe = TransformerConfig(**described["transformer"]), MoEConfig(**described["moe"])
+        return own + flops_per_token(transformer, moe, seq_len, moe.expected_ffn_per_token)
 
     def training_flops(self) -> float:
         """Of one run, with the FFN experts per token that theory expects."""
@@ -245,7 +255,8 @@ def resolve(path: Path, matrix: dict[str, Any], base: Path, overrides: list[str]
         # a fifth of a second each, and a search asks for the same ones again
         options = cache(partial(fit_options, base, overrides, entry, start, name))
         plots, paper = tuple(entry.get("plots", ())), entry.get("paper", {})
-        variant = Variant(name, options, paper, plots, entry.get("noise", 0.1), entry.get("flops_of"))
+        noise, flops_of = entry.get("noise", 0.1), entry.get("flops_of")
+        variant = Variant(name, options, paper, plots, noise, flops_of, start=start)
         try:
             _ = variant.transformer, variant.moe  # their constructors refuse impossible values
         except InputError as error:

@@ -19,6 +19,7 @@ from moepp.system.machine import default_precision, keep_freed_memory, product_d
 from moepp.text.data_module import TokenDataModule
 from moepp.training.checkpoint import last_checkpoint, read_checkpoint
 from moepp.training.module import LitMoE
+from moepp.training.start import DistillConfig
 
 
 def measure(matrix: Matrix, runs: list[Run]) -> dict[str, dict[str, float]]:
@@ -116,6 +117,8 @@ def trained_model(run: Run, device: torch.device) -> TimedModel:
     checkpoint = last_checkpoint(run.folder)
     assert checkpoint is not None
     model.lit.load_state_dict(read_checkpoint(checkpoint)["state_dict"])
+    model.lit.distill = DistillConfig(**run.options["model"]["distill"])
+    model.lit.load_teacher(data.files.tokenizer_json)  # a training step goes through it as well
     return model
 
 

@@ -69,3 +69,6 @@ def test_the_shipped_matrix_compares_what_it_says() -> None:
         assert variants["vanilla"].options["model"]["init_from"] == str(start.checkpoint(0))
         assert variants["converted"].moe.expected_ffn_per_token == pytest.approx(4 / 3)
         assert variants["drawn_rows"].options["model"]["convert"]["start"] == 0
+        flops = {name: variant.training_flops_per_token(1.0) for name, variant in variants.items()}
+        forward = start.variant.training_flops_per_token(2.0) / 3
+        assert flops["distilled"] == pytest.approx(flops["converted"] + forward)

@@ -9,22 +9,24 @@ from typing import NamedTuple
 import pandas as pd
 import pytest
 
-from moepp.model import InputError
+from moepp.model import InputError, MoEConfig, Transformer, TransformerConfig
 from moepp.study.compare import plots
 from moepp.study.compare.matrix import Matrix, Run, Variant
 from moepp.study.compare.report import markdown
 from moepp.study.compare.results import Results, at_equal_flops, difference, read_curve, read_results
 from moepp.study.compare.tune import Search
+from moepp.training.checkpoint import checkpoint_of, write_checkpoint
 
 # D = 4, H = 8, L = 1, V = 320, S = 6, one head; F FFN experts and no others
 SIZES = {"n_layers": 1, "hidden_size": 4, "intermediate_size": 8, "n_heads": 1, "context_length": 6}
 VANILLA = {"n_ffn": 2, "n_zero": 0, "n_copy": 0, "n_const": 0, "gating_residual": False}
 
 
-def variant(name: str, moe: dict, flops_of: str | None = None) -> Variant:
+def variant(name: str, moe: dict, flops_of: str | None = None, teacher: str | None = None) -> Variant:
     data = {"path": "x.txt", "vocab_size": 320, "seq_len": 6, "batch_size": 5, "val_part": "all"}
     trainer = {"max_steps": 4, "accumulate_grad_batches": 1, "devices": 1}
-    options = {"model": {"transformer": SIZES, "moe": moe, "budget": {}}, "data": data, "trainer": trainer}
+    model = {"transformer": SIZES, "moe": moe, "budget": {}, "distill": {"teacher": teacher}}
+    options = {"model": model, "data": data, "trainer": trainer}
     return Variant(name, lambda **last: options, flops_of=flops_of)
 
 
@@ -55,6 +57,14 @@ def test_flops_by_hand(tmp_path: Path) -> None:
     assert run.variant.tokens == 120
     assert run.variant.tokens * run.variant.training_flops_per_token(1.5) == pytest.approx(flops)
     assert run.variant.training_flops() == pytest.approx(120 * (per_token + 3 * 0.5 * 192))  # K = 2
+
+
+def test_a_teacher_reads_every_token_as_well(tmp_path: Path) -> None:
+    teacher = Transformer(TransformerConfig(320, **SIZES), MoEConfig(**VANILLA))
+    write_checkpoint(tmp_path / "teacher.ckpt", checkpoint_of(teacher, None, None, "text"))
+    distilled = variant("a", VANILLA, teacher=str(tmp_path / "teacher.ckpt"))
+    others = 128 + 48 + 16 + 2560  # as above
+    assert distilled.training_flops_per_token(1.5) == 3 * (others + 1.5 * 192) + others + 2 * 192
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 def variant(accumulate: int = 1, precision: str | None = None) -> Variant:
     options = {
-        "model": {"transformer": SIZES, "moe": VANILLA, "compile": False},
+        "model": {"transformer": SIZES, "moe": VANILLA, "compile": False, "distill": {"teacher": None}},
         "data": {"vocab_size": 320, "seq_len": 6, "batch_size": 5},
         "trainer": {"accelerator": "cpu", "accumulate_grad_batches": accumulate, "precision": precision},
     }
