@@ -297,7 +297,10 @@ def fit_options(
         recipe = Path(folder) / "variant.yaml"
         recipe.write_text(yaml.safe_dump({key: value for key, value in entry.items() if key not in STUDY_KEYS}))
         chosen = [f"--{option}={value}" for option, value in last.items()]
-        options = lightning_cli.resolve(["--config", str(base), *overrides, "--config", str(recipe), *chosen])
+        try:
+            options = lightning_cli.resolve(["--config", str(base), *overrides, "--config", str(recipe), *chosen])
+        except InputError as error:  # the caller names the variant
+            raise InputError(str(error).removesuffix(f", in {recipe.resolve()}")) from error
     del options["base"]  # resolved
     trainer = options["trainer"]
     for key, section in (("ckpt_path", options), ("trainer.default_root_dir", trainer)):
