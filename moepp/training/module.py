@@ -28,7 +28,7 @@ from moepp.training.optimizer import AdamW, OptimConfig, by_mesh, total_norm
 from moepp.training.run_folder import say
 from moepp.training.start import BudgetConfig, ConvertConfig, DistillConfig, Teacher, start_from
 
-CALIBRATION_TOKENS = 1 << 18  # that a budget is set by at the end; reading them takes a fifth of training on them
+CALIBRATION_TOKENS = 1 << 19  # that a budget is set by at the end; reading them takes a fifth of training on them
 
 
 class LitMoE(L.LightningModule):
