@@ -172,6 +172,7 @@ class LitMoE(L.LightningModule):
             return
         budget, data = self.model.budget, self.trainer.datamodule  # type: ignore[attr-defined]
         assert budget is not None
+        say(self.trainer, "reading the last training text again, to set the budget by it")
         self.model.eval()
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             for batch in data.last_batches(CALIBRATION_TOKENS):
