@@ -2,7 +2,9 @@
 
 import argparse
 import re
+from functools import reduce
 from itertools import pairwise
+from operator import getitem
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -92,11 +94,10 @@ def naming_recipe(line: str, arguments: list[str]) -> str:
 
 def values_at(recipe: Any, names: list[str]) -> list[Any]:
     """What is at names[0].names[1]. …, if anything."""
-    for name in names:
-        if not isinstance(recipe, dict) or name not in recipe:
-            return []
-        recipe = recipe[name]
-    return [recipe]
+    try:
+        return [reduce(getitem, names, recipe)]
+    except (KeyError, TypeError):
+        return []
 
 
 def load_value(text: str) -> Any:
