@@ -20,7 +20,7 @@ LossAndGradient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 CHUNK_BYTES = 4096  # of one column of a chunk's logits on a CPU
 # A GPU has no cache to fit, and for every chunk it would add (V, D) to the head's gradient in float32.
 CUDA_CHUNK = 4096  # tokens
-BLOCK = 1 << 18  # logits whose softmax in float32 stays in a CPU's cache
+BLOCK = 1 << 19  # logits whose softmax in float32 stays in a CPU's cache
 
 
 def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, compile: bool = False) -> Tensor:
@@ -30,7 +30,7 @@ def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
     that is asked for. There must be a target for every token. Returns a scalar.
     """
     hidden_ND, weight_VD = to_autocast(hidden_ND), to_autocast(weight_VD)
-    softmax = compiled_nll_and_gradient() if compile else nll_and_gradient
+    softmax = compiled() if compile else nll_and_gradient
     return LinearLoss.apply(hidden_ND, weight_VD, lambda logits, rows: softmax(logits, targets_N[rows, None]))
 
 
@@ -104,26 +104,33 @@ class LinearLoss(torch.autograd.Function):
 def nll_and_gradient(logits_NV: Tensor, targets_N1: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of -log softmax(logits)[target], and its gradient softmax - one-hot, which takes the logits' place.
 
-    Softmax is in float32 at least. On a CPU a few rows at a time, with everything in place: each pass over a
-    further (N, V) tensor in float32 would cost as much as a product.
+    Softmax is in float32 at least. On a CPU a few rows at a time: each pass over a further (N, V) tensor in
+    float32 would cost as much as a product.
     """
     dtype = torch.promote_types(logits_NV.dtype, torch.float32)
     rows = len(logits_NV) if logits_NV.is_cuda else max(1, BLOCK // logits_NV.shape[1])
     nll = logits_NV.new_zeros((), dtype=dtype)
     for logits, targets in zip(logits_NV.split(rows), targets_N1.split(rows), strict=True):
         scores = logits.to(dtype)
-        chosen = scores.gather(1, targets)
-        largest = scores.amax(-1, keepdim=True)
-        exp = scores.sub_(largest).exp_()
-        sum_exp = exp.sum(-1, keepdim=True)
-        nll_of_row = sum_exp.log() + largest - chosen
+        probs = scores.softmax(-1)
+        # the largest probability is 1 / sum of exp(score - largest score)
+        largest, largest_prob = scores.amax(-1, keepdim=True), probs.amax(-1, keepdim=True)
+        nll_of_row = largest - largest_prob.log() - scores.gather(1, targets)
         # p - 1 there; into float32, as to scatter into bf16 takes a CPU 6 ms
-        logits.copy_(exp.div_(sum_exp).scatter_(1, targets, torch.expm1(-nll_of_row)))
+        logits.copy_(probs.scatter_(1, targets, torch.expm1(-nll_of_row)))
         nll += nll_of_row.sum()
     return nll, logits_NV
 
 
+def fusible_nll_and_gradient(logits_NV: Tensor, targets_N1: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for a compiler, to which a scatter is a tensor that has to be held in float32."""
+    log_probs_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)).log_softmax(-1)
+    is_target_NV = torch.arange(logits_NV.shape[1], device=logits_NV.device) == targets_N1
+    gradient_NV = torch.where(is_target_NV, log_probs_NV.expm1(), log_probs_NV.exp())
+    return -log_probs_NV.gather(1, targets_N1).sum(), logits_NV.copy_(gradient_NV)
+
+
 @cache
-def compiled_nll_and_gradient() -> Any:
+def compiled() -> Any:
     """Three passes over bf16 logits on a GPU, where op by op takes some twelve, most of them over float32."""
-    return torch.compile(nll_and_gradient, dynamic=False)
+    return torch.compile(fusible_nll_and_gradient, dynamic=False)

@@ -1,6 +1,10 @@
+import re
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._inductor.utils import run_and_get_code
 
 from moepp.model import loss
 
@@ -49,10 +53,11 @@ def test_distillation_equals_the_divergence_of_the_logits(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_softmax_compiles_into_one_graph(dtype: torch.dtype) -> None:
+def test_the_softmax_by_blocks_and_as_one_graph(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     logits, targets = 4 * torch.randn(9, 31).to(dtype), torch.randint(31, (9, 1))
-    compiled = torch.compile(loss.nll_and_gradient, fullgraph=True, backend="aot_eager")
+    logits[3] *= 40  # a target whose probability is 0 in float32
+    compiled = torch.compile(loss.fusible_nll_and_gradient, fullgraph=True, backend="aot_eager")
     leaf = logits.to(torch.float32, copy=True).requires_grad_()
     expected = F.cross_entropy(leaf, targets[:, 0], reduction="sum")
     expected.backward()
@@ -61,6 +66,17 @@ def test_the_softmax_compiles_into_one_graph(dtype: torch.dtype) -> None:
         assert gradient.dtype == dtype
         torch.testing.assert_close(nll, expected.detach())
         torch.testing.assert_close(gradient, leaf.grad.to(dtype))
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+def test_compiled_softmax_holds_no_logits_in_float32() -> None:
+    """What it saves on a GPU, read in the code that the compiler writes for a CPU."""
+    logits, targets = torch.randn(48, 96).bfloat16(), torch.randint(96, (48, 1))
+    written = torch.compile(loss.fusible_nll_and_gradient, dynamic=False)
+    _, (code,) = run_and_get_code(written, logits, targets)
+    buffers = re.findall(r"= empty_strided_cpu\(\(([^)]*)\)", code)
+    assert "48, 1" in buffers  # each row's maximum, sum
+    assert "48, 96" not in buffers
 
 
 def test_bfloat16_autocast_is_close_to_float32() -> None:
