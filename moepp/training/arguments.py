@@ -67,7 +67,7 @@ def with_bases(path: Path) -> list[Path]:
             raise InputError(f"{chain[0]}: is no recipe: it holds no options")
         for name in CLASSES:
             if name in recipe and not isinstance(recipe[name], dict | str):  # a name is another file's
-                raise InputError(f"{name}: {NO_OPTIONS.format(recipe[name])}")
+                raise InputError(f"{name}: {NO_OPTIONS.format(recipe[name])}, in {chain[0]}")
         if recipe.get("base") is None:
             break
         base = (chain[0].parent / str(recipe["base"]).replace("\0", "")).resolve()

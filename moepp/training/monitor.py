@@ -93,6 +93,8 @@ class Monitor(L.Callback):
         tokens_per_second = timed_tokens / (time.perf_counter() - self.clock)
         seq_len = trainer.datamodule.seq_len  # type: ignore[attr-defined]
         flops = 3 * flops_per_token(model.transformer, model.moe, seq_len, ffn_per_token)
+        if model.teacher is not None:
+            flops += model.teacher.flops_per_token(seq_len)
         metrics = {
             **means,
             "train/balance_scaled": balance_scaled,

@@ -101,7 +101,8 @@ def test_recipes(text_file: Path, workdir: Path, capsys) -> None:
 
 def test_of_a_chain_of_recipes_the_one_at_fault_is_named(text_file: Path, workdir: Path, capsys) -> None:
     Path("last.yaml").write_text("base: first.yaml\ntrainer: {max_steps: 3}")
-    for text in ("model: {moe: {n_zeroo: 1}}", "model: {moe: {n_zero: two}}", "model: {moe: {n_zero: -1}}"):
+    moe = ("model: {moe: {n_zeroo: 1}}", "model: {moe: {n_zero: two}}", "model: {moe: {n_zero: -1}}")
+    for text in (*moe, "trainer:"):
         Path("first.yaml").write_text(text)
         line = refused(capsys, "fit", *tiny(text_file), "--config=last.yaml")
         assert line.endswith(f", in {Path('first.yaml').resolve()}")

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from moepp.cli import main
+from moepp.model import flops_per_token
 from moepp.model.conversion import SILENT
 from moepp.model.router import routers
 from moepp.training.checkpoint import load, read_checkpoint, step_path, write_checkpoint
@@ -109,6 +110,11 @@ def test_a_teacher_pulls_and_is_no_part_of_the_model(
     assert 0 <= float(rows[0]["train/distillation"]) < 0.05  # a silent start is the teacher itself
     checkpoint = read_checkpoint("taught/checkpoints/step-00000004.ckpt")
     assert checkpoint["state_dict"].keys() == read_checkpoint("converted.ckpt")["state_dict"].keys()
+    student, teacher = load("converted.ckpt").model, load("vanilla.ckpt").model
+    own = flops_per_token(student.config, student.moe_config, 32, float(rows[0]["routing/ffn_per_token"]))
+    flops = 3 * own + flops_per_token(teacher.config, teacher.moe_config, 32, 2.0)
+    tflops = flops * float(rows[0]["speed/tokens_per_second"]) / 1e12
+    assert float(rows[0]["speed/tflops_per_second"]) == pytest.approx(tflops, rel=1e-6)
     # with all the weight on it and no balance, a student that is the teacher has nothing to learn
     options = [
         "--model.init_from=vanilla.ckpt",
