@@ -31,7 +31,7 @@ from moepp.training.module import LitMoE
 from moepp.training.monitor import Monitor
 from moepp.training.option_names import CLASSES
 from moepp.training.run_folder import RunFolder, say
-from moepp.training.saving import Checkpoints
+from moepp.training.saving import Checkpoints, FitLoop
 from moepp.training.start import described_in
 from moepp.training.summary import Summary
 
@@ -251,6 +251,7 @@ class MoECLI(LightningCLI):
                 done = f"finished at step {self.begun_step} already"
                 say(self.trainer, f"{done}: a larger --trainer.max_steps goes on")
             keep_freed_memory(self.trainer.strategy.root_device)
+            self.trainer.fit_loop.__class__ = FitLoop
             naming = naming_checkpoint(ckpt_path, "continued", lambda: model.training_begun)
             with naming, naming_lost_device(self.trainer.strategy):
                 self.trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)

@@ -79,8 +79,9 @@ class LitMoE(L.LightningModule):
                 block.compile()
         self.gradient_norm = torch.tensor(float("nan"))
         self.config_text = ""  # every option of the run, for its checkpoints
-        # a first step, a first batch has come through with what a checkpoint held
+        # what a checkpoint held is restored, a first batch has come through with it
         self.training_begun = self.evaluation_begun = False
+        self.calibrated_at: int | None = None  # the optimizer step after which evaluation's budget was set
         self.bad_step = torch.zeros(())  # 1: the last optimizer step was skipped
 
     def setup(self, stage: str) -> None:
@@ -168,9 +169,12 @@ class LitMoE(L.LightningModule):
     def on_train_end(self) -> None:
         """Set the budget of evaluation by the last training text, read again with the weights as they are now. Not
         where training was cut short: it would go on from there as another run."""
-        if self.moe.ffn_budget is None or self.trainer.global_step < int(self.trainer.estimated_stepping_batches):
-            return
         budget, data = self.model.budget, self.trainer.datamodule  # type: ignore[attr-defined]
+        step = self.trainer.global_step
+        if self.moe.ffn_budget is None or step < int(self.trainer.estimated_stepping_batches):
+            return
+        if step == self.calibrated_at:  # a run that had ended is continued
+            return
         assert budget is not None
         say(self.trainer, "reading the last training text again, to set the budget by it")
         self.model.eval()
@@ -180,6 +184,7 @@ class LitMoE(L.LightningModule):
         self.model.train()
         budget.calibrate(self.trainer.strategy.all_gather)
         self.model.set_ffn_budget(self.moe.ffn_budget)
+        self.calibrated_at = step
 
     def on_validation_epoch_start(self) -> None:
         if self.moe.ffn_budget is not None and self.trainer.state.fn != "fit":
@@ -247,6 +252,7 @@ class LitMoE(L.LightningModule):
 
     def on_train_start(self) -> None:
         """The optimizer's state is a checkpoint's, its settings are what the options say now. So is the budget."""
+        self.training_begun = True
         if self.model.budget is not None and self.moe.ffn_budget is not None:
             steps = int(self.trainer.estimated_stepping_batches)
             self.model.budget.spend(self.budget.at(self.trainer.global_step, steps, self.moe.ffn_budget))
@@ -258,15 +264,13 @@ class LitMoE(L.LightningModule):
             group |= {"initial_lr": self.optim.lr, "lr": lr, "weight_decay": decay}
             group |= {"betas": self.optim.betas, "eps": self.optim.eps}
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.training_begun = True
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         files = data.files
         trained_on = files.tokenizer_json, files.end_of_text, files.label, files.meta["data_hash"]
         checkpoint["moepp"] = described(self.transformer, self.moe, *trained_on, self.config_text)
         checkpoint["computed_order"] = data.computed_order
+        checkpoint["calibrated_at"] = self.calibrated_at
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another shape or of another text, naming the difference; keeps its order.
@@ -300,6 +304,7 @@ class LitMoE(L.LightningModule):
                 "start a new run, or say --data.allow_other_text=true to go on with it"
             )
         data.computed_order = bool(checkpoint.get("computed_order"))  # a run of before keeps its order
+        self.calibrated_at = checkpoint.get("calibrated_at")
 
 
 # what a resumed run may set anew: none of it changes the shape or the meaning of a weight

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loops.fit_loop import _FitLoop
 
 from moepp.model.config import require
 from moepp.system.files import fsync_folder
@@ -157,6 +158,15 @@ def link(path: str | Path, name: str | Path) -> None:
 
 
 # What Lightning's loops know and do not tell
+
+
+class FitLoop(_FitLoop):
+    """A run that was cut after its last step has an end before it: a validation that is due, a budget to be set.
+    Lightning's own would find no step left, and leave."""
+
+    @property
+    def skip(self) -> bool:
+        return super().skip and self.trainer.global_step == 0
 
 
 def within_step(trainer: L.Trainer) -> bool:

@@ -164,6 +164,58 @@ def test_a_resumed_run_is_the_same_run(
     assert rows[0] == rows[1]
 
 
+@pytest.mark.parametrize("cut", ["power", "SIGTERM"])
+def test_a_run_that_was_cut_after_its_last_step_has_its_end_before_it(
+    text_file: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch, cut: str
+) -> None:
+    """By power while its budget is set, or by a signal before the last validation. Once more, and it stays."""
+    options = [*tiny(text_file), "--trainer.max_steps=6", "--trainer.val_check_interval=3"]
+    options += ["--model.moe.ffn_budget=0.7"]
+    assert main(["fit", *options]) == 0
+    whole_step = LitMoE.training_step
+
+    def told_in_the_last_step(self: LitMoE, batch: dict, batch_idx: int) -> dict:
+        if self.trainer.global_step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole_step(self, batch, batch_idx)
+
+    def no_power(self: LitMoE) -> None:
+        raise PowerCut
+
+    with monkeypatch.context() as patch:
+        if cut == "power":
+            patch.setattr(LitMoE, "on_train_end", no_power)
+        else:
+            patch.setattr(LitMoE, "training_step", told_in_the_last_step)
+        with pytest.raises((PowerCut, SystemExit)):
+            main(["fit", *options])
+    runs = [Path(f"runs/moepp/{n}") for n in (1, 2)]
+    for _ in range(2):
+        assert main(["fit", *options, "--ckpt_path=last"]) == 0
+        for path in ("step-00000006.ckpt", "best.ckpt"):
+            whole, resumed = (read_checkpoint(run / "checkpoints" / path)["state_dict"] for run in runs)
+            assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+        whole_rows, resumed_rows = (
+            [{name: text for name, text in row.items() if not name.startswith("speed/")} for row in read_csv(run)]
+            for run in runs
+        )
+        assert whole_rows == resumed_rows
+
+
+def test_an_error_of_the_training_is_not_blamed_on_the_checkpoint(
+    text_file: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = tiny(text_file)
+    assert main(["fit", *options, "--trainer.max_steps=2"]) == 0
+
+    def broken(self: LitMoE, batch: dict, batch_idx: int) -> dict:
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(LitMoE, "training_step", broken)
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
+        main(["fit", *options, "--trainer.max_steps=3", "--ckpt_path=last"])
+
+
 def test_a_finished_run_resumed_keeps_its_metrics(text_file: Path, workdir: Path, capsys) -> None:
     options = [*tiny(text_file), "--trainer.max_steps=5", "--trainer.val_check_interval=2"]
     assert main(["fit", *options]) == 0
