@@ -26,12 +26,14 @@ def run(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     folder = tmp_path_factory.mktemp("budget")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        options = ["--model.moe.ffn_budget=0.7", "--trainer.max_steps=120", "--trainer.val_check_interval=120"]
-        assert (
-            main(["fit", *tiny(text_file), "--data.batch_size=16", *options, "--trainer.default_root_dir=run"])
-            == 0
-        )
+        train(text_file, 120)
     return folder
+
+
+def train(text_file: Path, steps: int) -> None:
+    options = [*tiny(text_file), "--data.batch_size=16", "--model.moe.ffn_budget=0.7"]
+    options += [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"]
+    assert main(["fit", *options, "--trainer.default_root_dir=run"]) == 0
 
 
 def test_it_is_held_in_training_and_on_other_text(run: Path) -> None:
@@ -56,13 +58,19 @@ def test_evaluation_keeps_to_it_on_the_text_of_the_training_and_on_more_like_it(
     assert ffn_per_token(model, list(others_NBS)) == pytest.approx(0.7, rel=0.03)
 
 
-def test_the_router_comes_to_it_by_itself(run: Path) -> None:
-    """Without the bias it is as good as held. Were the load balance that of the choice, it would be 1.96."""
-    model = load(run / "run/checkpoints/step-00000120.ckpt").model
+def test_the_router_comes_to_it_by_itself(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the bias it is as good as held, and the better the longer it trains: 0.71 to 0.81 over six seeds and
+    two precisions after 120 steps, 0.67 to 0.75 after 240. Were the load balance that of the choice, it would be
+    1.96."""
+    monkeypatch.chdir(tmp_path)
+    train(text_file, 240)
+    model = load("run/checkpoints/step-00000240.ckpt").model
     for router in routers(model):
         assert router.choice_bias is not None
         router.choice_bias.zero_()
-    assert ffn_per_token(model, batches_of(text_of(run))) == pytest.approx(0.7, rel=0.1)
+    assert ffn_per_token(model, batches_of(text_of(tmp_path))) == pytest.approx(0.7, rel=0.1)
 
 
 def text_of(run: Path) -> TokenFiles:
