@@ -357,8 +357,9 @@ class MoeppForCausalLM(MoeppPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
             if self.training:  # Trainer adds up a step's micro-batches, each by its share of the step's labels
-                n_labels = kwargs.get("shift_labels", labels[..., 1:]).ne(-100).sum()
-                share = n_labels / kwargs.get("num_items_in_batch", n_labels)
+                shifted, n_items = kwargs.get("shift_labels"), kwargs.get("num_items_in_batch")
+                n_labels = (labels[..., 1:] if shifted is None else shifted).ne(-100).sum()
+                share = 1.0 if n_items is None else n_labels / n_items
                 loss = loss + self.config.router_aux_loss_coef * share * aux_loss
         found = outputs.past_key_values, outputs.hidden_states, outputs.attentions
         return MoeCausalLMOutputWithPast(loss, aux_loss, logits, *found, outputs.router_logits if asked else None)

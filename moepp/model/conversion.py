@@ -119,7 +119,8 @@ def upcycle(model: Transformer, n_ffn: int, top_k: int = 2, seed: int = 0) -> Tr
     require(old.n_experts == 1, "moe.n_ffn", old.n_experts, "must be 1, a dense model, to make experts of")
     require(n_ffn > 1, "n_ffn", n_ffn, "must be at least 2")
     torch.manual_seed(seed)
-    new = Transformer(model.config, replace(old, n_ffn=n_ffn, top_k=top_k))
+    # the gates of a single expert are 1 either way, those of equal experts have to add up to it
+    new = Transformer(model.config, replace(old, n_ffn=n_ffn, top_k=top_k, renormalize=True))
     for name, parameter in model.named_parameters():
         if ".router." not in name:
             new.get_parameter(name).copy_(parameter)  # of experts: to all of them

@@ -212,6 +212,8 @@ def test_balance_counts_neither_padding_nor_what_other_micro_batches_have(export
     torch.testing.assert_close(padded.loss, alone.loss)
     half = model(batch, attention_mask=mask, labels=labels, num_items_in_batch=2 * 23)
     torch.testing.assert_close(half.loss, alone.loss / 2)
+    unsaid = model(batch, attention_mask=mask, labels=labels, num_items_in_batch=None, shift_labels=None)
+    torch.testing.assert_close(unsaid.loss, alone.loss)
 
 
 def test_new_weights_are_drawn_as_ours() -> None:

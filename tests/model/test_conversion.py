@@ -60,8 +60,9 @@ def test_added_rows_are_the_mean_of_the_old_plus_noise_in_their_spread() -> None
 
 
 @torch.no_grad()
-def test_an_upcycled_model_computes_the_same() -> None:
-    dense = vanilla(n_ffn=1, top_k=1)
+@pytest.mark.parametrize("renormalize", [True, False])  # to a single expert it makes no difference
+def test_an_upcycled_model_computes_the_same(renormalize: bool) -> None:
+    dense = vanilla(n_ffn=1, top_k=1, renormalize=renormalize)
     sparse = upcycle(dense, n_ffn=4, top_k=2)
     torch.testing.assert_close(sparse(TOKENS).logits, dense(TOKENS).logits, rtol=1e-5, atol=1e-5)
     assert sparse.blocks[0].moe.ffn.w_down.shape[0] == 4
