@@ -36,13 +36,19 @@ def provenance() -> dict[str, str]:
 
 def commit() -> str:
     """The source's, and whether it had been changed since; "unknown" where it is no clone."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    root = Path(__file__).resolve().parents[2]
+    git = ["git", "-C", str(root)]
     try:
-        head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL)
+        found = subprocess.check_output(
+            [*git, "rev-parse", "--show-toplevel", "HEAD"], text=True, stderr=subprocess.DEVNULL
+        )
+        top, head = found.splitlines()
+        if Path(top) != root:  # installed within a repository of others
+            return "unknown"
         changes = subprocess.check_output([*git, "status", "--porcelain", ":/moepp", ":/recipes"], text=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head.strip() + (" with changes" if changes else "")
+    return head + (" with changes" if changes else "")
 
 
 def default_precision(device: torch.device) -> str:

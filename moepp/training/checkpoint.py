@@ -3,6 +3,7 @@
 A checkpoint is what torch.save writes: a zip archive whose entries each carry a CRC-32, so that damage is found.
 """
 
+import glob
 import os
 import shutil
 import sys
@@ -291,15 +292,17 @@ def last_checkpoint(run_dir: Path) -> Path | None:
     return None
 
 
-def newest_checkpoint(recipe: str = "*") -> Path:
-    """The last whole checkpoint of the run under runs/<recipe>/ that wrote one last.
+def newest_checkpoint(recipe: str | None = None) -> Path:
+    """The last whole checkpoint of the run under runs/<recipe>/, or of any, that wrote one last.
 
     Raises:
         InputError: no run has a checkpoint, or the run's are all damaged.
     """
-    written = [path for run_dir in Path("runs").glob(f"{recipe}/*") for path in step_checkpoints(run_dir)]
+    run_dirs = Path("runs").glob(f"{glob.escape(recipe)}/*" if recipe else "*/*")
+    written = [path for run_dir in run_dirs for path in step_checkpoints(run_dir)]
     if not written:
-        raise InputError(f"ckpt_path: runs/{recipe} has no checkpoint; train first (make train), or name one")
+        where = f"runs/{recipe or '*'}"
+        raise InputError(f"ckpt_path: {where} has no checkpoint; train first (make train), or name one")
     run_dir = max(written, key=lambda path: path.stat().st_mtime_ns).parent.parent
     if (last := last_checkpoint(run_dir)) is None:
         raise InputError(f"ckpt_path: the checkpoints of {run_dir} are all damaged")

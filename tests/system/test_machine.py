@@ -2,11 +2,13 @@ import ctypes
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from moepp.system.machine import default_precision, peak_flops
+from moepp.system import machine
+from moepp.system.machine import commit, default_precision, peak_flops
 
 FAULTS = """
 import resource, sys, torch
@@ -33,6 +35,25 @@ def test_a_large_tensor_gets_the_memory_of_the_one_before() -> None:
         faults[what] = int(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
     assert faults["keep"] < 100
     assert faults["hand back"] > 4 * 2**26 / 2**16  # 64 MB four times, in pages of at most 64 kB
+
+
+def test_the_commit_is_that_of_the_source_and_not_of_a_repository_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "moepp" / "system" / "machine.py"
+    monkeypatch.setattr(machine, "__file__", str(source))
+    source.parent.mkdir(parents=True)
+    assert commit() == "unknown"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *arguments], check=True)
+    head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+    assert commit() == head
+    source.touch()
+    assert commit() == f"{head} with changes"
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / ".venv" / "moepp" / "system" / "machine.py"))
+    (tmp_path / ".venv").mkdir()
+    assert commit() == "unknown"
 
 
 @pytest.mark.parametrize(

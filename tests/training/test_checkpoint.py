@@ -13,7 +13,7 @@ import torch
 from moepp.cli import main
 from moepp.model import InputError
 from moepp.training import checkpoint as files
-from moepp.training.checkpoint import read_checkpoint, step_path, write_checkpoint
+from moepp.training.checkpoint import newest_checkpoint, read_checkpoint, step_path, write_checkpoint
 from tests.conftest import tiny
 
 RELEASED = Path(__file__).parents[1] / "model/reference/released_linear_gate"
@@ -115,6 +115,15 @@ def test_a_damaged_one_is_named_and_the_one_before_used(text_file: Path, workdir
         os.truncate(path, 100)
     assert main(["fit", *options, "--ckpt_path=last"]) == 2
     assert f"the checkpoints of {run} are all damaged" in capsys.readouterr().err
+
+
+def test_a_recipes_name_is_no_pattern(workdir: Path) -> None:
+    path = step_path(Path("runs/lr[3e-3]/1"), 4)
+    path.parent.mkdir(parents=True)
+    write_checkpoint(path, CONTENT)
+    assert newest_checkpoint("lr[3e-3]") == newest_checkpoint() == path
+    with pytest.raises(InputError, match="has no checkpoint"):
+        newest_checkpoint("lr*")
 
 
 def test_a_full_disk_ends_the_run_with_one_line(text_file: Path, workdir: Path, capsys) -> None:
