@@ -47,11 +47,13 @@ def linear_distillation(
 
     def kl_and_gradient(logits_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(logits_CV.dtype, torch.float32)
-        student_CV = (logits_CV.to(dtype) / temperature).log_softmax(-1)
-        teacher_CV = ((teacher_ND[rows] @ teacher_VD.T).to(dtype) / temperature).log_softmax(-1)
-        probs_CV = teacher_CV.exp()
-        kl = (probs_CV * (teacher_CV - student_CV)).sum()
-        return temperature**2 * kl, (student_CV.exp() - probs_CV).mul_(temperature).to(logits_CV.dtype)
+        teacher_CV, n = teacher_ND[rows] @ teacher_VD.T, block_of(logits_CV)
+        kl = logits_CV.new_zeros((), dtype=dtype)
+        for logits, theirs in zip(logits_CV.split(n), teacher_CV.split(n), strict=True):
+            student, teacher = ((one.to(dtype) / temperature).log_softmax(-1) for one in (logits, theirs))
+            kl += F.kl_div(student, teacher, reduction="sum", log_target=True)
+            logits.copy_(student.exp_().sub_(teacher.exp_()).mul_(temperature))
+        return temperature**2 * kl, logits_CV
 
     return LinearLoss.apply(hidden_ND, weight_VD, kl_and_gradient)
 
@@ -71,6 +73,12 @@ def nll_by_token(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Ten
 def chunk_of(hidden_ND: Tensor) -> int:
     """How many tokens' logits there are at a time."""
     return CUDA_CHUNK if hidden_ND.is_cuda else CHUNK_BYTES // hidden_ND.element_size()
+
+
+def block_of(logits_NV: Tensor) -> int:
+    """How many of a chunk's tokens the softmax is taken of at a time: on a CPU each pass over a further (N, V)
+    tensor in float32 would cost as much as a product."""
+    return len(logits_NV) if logits_NV.is_cuda else max(1, BLOCK // logits_NV.shape[1])
 
 
 class LinearLoss(torch.autograd.Function):
@@ -104,13 +112,11 @@ class LinearLoss(torch.autograd.Function):
 def nll_and_gradient(logits_NV: Tensor, targets_N1: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of -log softmax(logits)[target], and its gradient softmax - one-hot, which takes the logits' place.
 
-    Softmax is in float32 at least. On a CPU a few rows at a time: each pass over a further (N, V) tensor in
-    float32 would cost as much as a product.
+    Softmax is in float32 at least.
     """
-    dtype = torch.promote_types(logits_NV.dtype, torch.float32)
-    rows = len(logits_NV) if logits_NV.is_cuda else max(1, BLOCK // logits_NV.shape[1])
+    dtype, n = torch.promote_types(logits_NV.dtype, torch.float32), block_of(logits_NV)
     nll = logits_NV.new_zeros((), dtype=dtype)
-    for logits, targets in zip(logits_NV.split(rows), targets_N1.split(rows), strict=True):
+    for logits, targets in zip(logits_NV.split(n), targets_N1.split(n), strict=True):
         scores = logits.to(dtype)
         probs = scores.softmax(-1)
         # the largest probability is 1 / sum of exp(score - largest score)
