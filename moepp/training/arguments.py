@@ -2,14 +2,16 @@
 
 import argparse
 import re
+import typing
 from functools import reduce
 from itertools import pairwise
 from operator import getitem
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Union, get_args
 
 import yaml
 from jsonargparse import get_loader, set_loader
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from moepp.model import InputError
@@ -111,6 +113,22 @@ def load_value(text: str) -> Any:
 
 yaml_load = get_loader("yaml")
 set_loader("omegaconf+", load_value, (yaml.YAMLError,))
+
+
+def ints_before_floats(hints: dict[str, Any]) -> None:
+    """In each Union: to the parser 1 batch would else be 1.0, all of them.
+
+    typing takes Union[int, float] for Union[float, int] if it has that in its cache, so that it is left to chance
+    which of them Lightning's options are.
+    """
+    for name, hint in hints.items():
+        if {int, float} <= set(types := get_args(hint)):
+            for clear_cache in typing._cleanups:  # type: ignore[attr-defined]
+                clear_cache()
+            hints[name] = Union[int, *(one for one in types if one is not int)]
+
+
+ints_before_floats(Trainer.__init__.__annotations__)
 
 
 class OwnOptions(argparse.ArgumentParser):

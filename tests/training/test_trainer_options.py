@@ -4,9 +4,11 @@ or is refused in one line that says why."""
 import inspect
 import math
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, Optional, Union, get_args
 
 import lightning as L
 import pytest
@@ -15,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from moepp.cli import main
+from moepp.training.arguments import ints_before_floats
 from moepp.training.checkpoint import read_checkpoint
 from moepp.training.lightning_cli import MoECLI, parse
 from moepp.training.module import LitMoE
@@ -152,6 +155,16 @@ def options_of(text: Path, words: str) -> list[str]:
 def test_the_table_has_every_option_of_the_trainer() -> None:
     options = set(inspect.signature(L.Trainer.__init__).parameters) - {"self"}
     assert options == WORKS.keys() | REFUSED.keys()
+
+
+def test_a_number_of_batches_is_no_fraction_whatever_typing_has_met() -> None:
+    for clear_cache in typing._cleanups:
+        clear_cache()
+    hints = {"limit": Optional[Union[float, int]], "name": Optional[str]}  # noqa: UP007, UP045
+    assert get_args(hints["limit"])[0] is float
+    ints_before_floats(hints)
+    assert get_args(hints["limit"]) == (int, float, NoneType)
+    assert hints["name"] == Optional[str]  # noqa: UP045
 
 
 @pytest.mark.parametrize("option", WORKS)
