@@ -2,6 +2,7 @@
 
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ def make(monkeypatch: pytest.MonkeyPatch, parts: list[Part], *arguments: str) ->
 
 def test_it_goes_on_after_what_fails_and_says_so(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "LIMIT", 1.0)
+    monkeypatch.setattr(gpu, "LEAST", 0.0)
     assert make(monkeypatch, [FAILS, SLOW, GOOD]) == 1
     lines = Path("gpu/summary.txt").read_text().splitlines()
     results = {name: line for line in lines for name in ("fails", "slow", "good") if f"│ {name}" in line}
@@ -40,11 +42,50 @@ def test_what_is_done_is_not_repeated(workdir: Path, monkeypatch: pytest.MonkeyP
     assert make(monkeypatch, [broken], "--again") == 1
 
 
+def test_it_ends_within_its_time_and_goes_on_later(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "LEAST", 1.0)
+    monkeypatch.setattr(gpu, "GRACE", 0.5)
+    begun = time.monotonic()
+    assert make(monkeypatch, [SLOW, GOOD], "--seconds=2") == 1
+    assert time.monotonic() - begun < 4
+    summary = Path("gpu/summary.txt").read_text()
+    assert "unfinished" in summary
+    assert "no time left" in summary
+    assert make(monkeypatch, [GOOD]) == 0
+
+
+def test_what_a_part_has_begun_ends_with_it(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "LIMIT", 1.0)
+    monkeypatch.setattr(gpu, "LEAST", 0.0)
+    Path("parent.py").write_text(
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "open('child', 'w').write(str(child.pid))\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", ".")
+    assert make(monkeypatch, [Part("parent", "", ["parent"])]) == 1
+    for _ in range(50):
+        if not running(int(Path("child").read_text())):
+            return
+        time.sleep(0.1)
+    pytest.fail("it runs on")
+
+
+def running(pid: int) -> bool:
+    try:
+        return "zombie" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def test_without_prepared_text_what_needs_none_runs(workdir: Path) -> None:
+    assert gpu.text_for(Path("gpu"), toy=False) == Path("data/corpus.yaml")
+
+
 def test_bad_input_is_named(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="no part 'nonsense': use good"):
         make(monkeypatch, [GOOD], "--only=nonsense")
-    with pytest.raises(InputError, match="moepp prepare data/corpus.yaml"):
-        gpu.text_for(Path("gpu"), toy=False)
 
 
 def test_no_part_can_outlast_a_loan_of_ten_minutes() -> None:

@@ -69,7 +69,7 @@ class Combine(torch.autograd.Function):
         rows_RD, gates_TK = ctx.saved_tensors
         grad_rows_RD = grad_TD[plan.token_R]
         gates_R = gates_TK.flatten()[plan.assignment_R]
-        dot_R = (grad_rows_RD * rows_RD).sum(-1).to(gates_TK.dtype)
+        dot_R = (grad_rows_RD * rows_RD).sum(-1, dtype=gates_TK.dtype)
         grad_A = torch.zeros_like(gates_TK).flatten()
         grad_A[plan.assignment_R] = dot_R
         grad_gates_TK = grad_A.view_as(gates_TK).where(plan.computed_TK, 0.0)

@@ -143,8 +143,8 @@ def part_of(files: TokenFiles, part: Part) -> list[tuple[int, int]]:
 class HeldOutBatches(Dataset[Batch]):
     """Windows of the held-out text, shuffled over all domains once and for all, so many at a time.
 
-    Of D devices each takes every D-th window. To have as many as the others, a device may get an empty window:
-    domain 0 and no target at all.
+    Of D devices each takes every D-th window. So that all batches have one size, for which a model may have been
+    compiled, the last may have empty windows: domain 0 and no target at all.
     """
 
     def __init__(
@@ -161,11 +161,11 @@ class HeldOutBatches(Dataset[Batch]):
         self.batch_size = batch_size
         windows = held_out_windows(files, seq_len, part)
         shuffled = np.random.Generator(np.random.Philox(key=0)).permutation(windows)
-        empty = np.zeros((-len(shuffled) % world_size, 3), np.int64)
+        empty = np.zeros((-len(shuffled) % (batch_size * world_size), 3), np.int64)
         self.windows = np.concatenate([shuffled, empty])[rank::world_size]
 
     def __len__(self) -> int:
-        return -(-len(self.windows) // self.batch_size)
+        return len(self.windows) // self.batch_size
 
     def __getitem__(self, n: int) -> Batch:
         windows = self.windows[n * self.batch_size :][: self.batch_size]

@@ -80,7 +80,8 @@ class Validation:
         least_one = n_tokens.clamp(min=1)  # one of several devices may have been left a batch without any target
         self.loss.update(nats_BS.sum() / least_one, n_tokens)
         self.bits_per_byte.update(nats_BS, targets_BS, domain_B)
-        self.ffn_per_token.update(ffn_LT[:, is_target_BS.flatten()].sum() / (len(ffn_LT) * least_one), n_tokens)
+        n_ffn = (ffn_LT * is_target_BS.flatten()).sum()
+        self.ffn_per_token.update(n_ffn / (len(ffn_LT) * least_one), n_tokens)
 
     def compute(self) -> dict[str, float]:
         """By name, over all devices. Perplexity is e to the loss."""

@@ -75,6 +75,8 @@ class LitMoE(L.LightningModule):
         self.teacher: Teacher | None = None
         self.compile_loss = compile
         if compile:
+            # of training, validation and every model of a study; with more than 8 it would go on uncompiled
+            torch._dynamo.config.recompile_limit = 64
             for block in self.model.blocks:
                 block.compile()
         self.gradient_norm = torch.tensor(float("nan"))

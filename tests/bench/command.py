@@ -83,6 +83,12 @@ def run(arguments: list[str]) -> None:
     rows: list[Row] = []
     broken: list[str] = []
     facts = results.provenance(at, shlex.join(["python", "-m", "tests.bench", *arguments]))
+
+    def keep(row: Row) -> None:
+        """Whatever cuts the bench off, what was measured is in the file."""
+        rows.append(row)
+        results.write([*rows, *results.missing(rows, at.kind)], at.kind, facts, options.out)
+
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         for name in wanted:
@@ -91,21 +97,19 @@ def run(arguments: list[str]) -> None:
             torch.compiler.reset()
             try:
                 for row in SECTIONS[name](at):
-                    rows.append(row)
+                    keep(row)
             except NotEqual as error:
                 message = f"moepp bench: {name}: {error}: not the same computation, so it is not timed"
                 raise SystemExit(message) from error
             except torch.OutOfMemoryError:
-                rows.append(Row(Case(name, "the rest"), note="left out: does not fit the memory"))
+                keep(Row(Case(name, "the rest"), note="left out: does not fit the memory"))
             except Exception as error:  # the other sections' figures are worth having, minutes of a GPU's time
                 traceback.print_exc()
                 broken.append(name)
-                rows.append(Row(Case(name, "the rest"), note=f"broken: {type(error).__name__}: {error}"))
-            # after every section: whatever cuts the bench off, what was measured is kept
-            table = [*rows, *results.missing(rows, at.kind)]
-            results.write(table, at.kind, facts, options.out)
+                keep(Row(Case(name, "the rest"), note=f"broken: {type(error).__name__}: {error}"))
             progress.update(task, completed=1)
 
+    table = [*rows, *results.missing(rows, at.kind)]
     results.show(table, at.kind, facts, Console(width=None if sys.stdout.isatty() else 240))
     plots.bench(options.out / "bench.png", rows)
     print(options.out / "bench.csv", options.out / "bench.png", file=sys.stderr)

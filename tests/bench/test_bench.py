@@ -208,6 +208,19 @@ def test_peers_are_named_where_transformers_is_missing(at: Setting, monkeypatch:
     }
 
 
+def test_a_peer_that_does_not_run_is_named_and_ours_are_timed(
+    at: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: steps.Models) -> steps.ModelStep:
+        raise TypeError("of another version")
+
+    monkeypatch.setattr(steps.Models, "llama", broken)
+    rows = {row.case.name: row for row in steps.step(at)}
+    assert rows["Llama, dense"].note == "left out: TypeError: of another version"
+    assert rows["MoE++ against Mixtral's best back-end"].value
+    assert "MoE++ against a dense Llama" not in rows
+
+
 # ---- figures -----------------------------------------------------------------------------------------------
 
 

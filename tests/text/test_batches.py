@@ -102,15 +102,17 @@ def test_devices_share_a_batch(folder: str) -> None:
 @pytest.mark.parametrize(("seq_len", "batch_size"), [(S, B), (7, B), (100, 1)])
 def test_validation_has_every_token_as_a_target_once(folder: str, seq_len: int, batch_size: int) -> None:
     files = TokenFiles.open(folder)
-    val, seen = files.val, Counter[tuple[int, int, int]]()
+    val, seen, counts = files.val, Counter[tuple[int, int, int]](), []
     names = ("inputs", "targets", "domain")
     for batch in held_out(files, seq_len, batch_size):
-        assert batch["inputs"].shape == batch["targets"].shape == (len(batch["domain"]), seq_len)
+        assert batch["inputs"].shape == batch["targets"].shape == (batch_size, seq_len)
         for inputs, targets, domain in zip(*(batch[k].tolist() for k in names), strict=True):
             count = seq_len - targets.count(IGNORE)
             assert targets[count:] == [IGNORE] * (seq_len - count)
-            assert targets[: count - 1] == inputs[1:count]  # the next token
+            assert targets[:count][:-1] == inputs[1:count]  # the next token
             seen.update((domain, i, t) for i, t in zip(inputs[:count], targets[:count], strict=True))
+            counts.append(count)
+    assert 0 not in counts[:-batch_size]  # the last batch alone is filled up
     assert seen == Counter(
         (d, int(val[i - 1]), int(val[i])) for d, (a, b) in enumerate(files.val_ranges) for i in range(a, b)
     )

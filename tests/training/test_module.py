@@ -7,7 +7,7 @@ import torch
 from moepp.model import InputError, MoEConfig, TransformerConfig, count_parameters, flops_per_token
 from moepp.training.metrics import BitsPerByte
 from moepp.training.module import LitMoE
-from moepp.training.optimizer import OptimConfig
+from moepp.training.optimizer import AdamW, OptimConfig
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine() -> None:
@@ -106,3 +106,38 @@ def test_the_loss_that_is_trained_holds_beta_times_the_balance_loss() -> None:
     balance = sum(routing.load_balance_loss().item() for routing in routings) / 2
     assert losses[1] - losses[0] == pytest.approx(0.5 * balance, rel=1e-4)
     assert (gradients[1] - gradients[0]).norm() > 0.01 * gradients[0].norm()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_compiled_steps_on_cuda_are_those_uncompiled_and_never_wait_for_the_device() -> None:
+    """With all that `moepp fit` does in a step: a budget, clipping, and AdamW that skips what is not finite."""
+    losses = {compile: cuda_losses(compile) for compile in (False, True)}
+    torch.testing.assert_close(losses[True], losses[False], rtol=1e-2, atol=0)
+    assert losses[True][-1] < losses[True][0] - 0.1
+
+
+def cuda_losses(compile: bool) -> torch.Tensor:
+    torch.manual_seed(0)
+    sizes = TransformerConfig(512, 2, 64, 128, 2, context_length=64)
+    module = LitMoE(sizes, MoEConfig(ffn_budget=1.2), compile=compile).cuda()
+    optimizer = AdamW(module.parameters(), lr=3e-3, fused=True)
+    tokens_BS = torch.randint(sizes.vocab_size, (8, 65), device="cuda")
+    batch = {"inputs": tokens_BS[:, :-1], "targets": tokens_BS[:, 1:]}
+    losses, budget = [], module.model.budget
+    for step in range(8):
+        # from then on it is compiled, and AdamW has its state
+        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
+        try:
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = module.training_step(batch, 0)["loss"]
+            loss.backward()
+            budget.step(1.2, lambda figures: figures)
+            budget.spend(1.2)
+            module.configure_gradient_clipping(optimizer, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        losses.append(loss.detach())
+    return torch.stack(losses).cpu()

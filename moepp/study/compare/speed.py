@@ -95,7 +95,8 @@ class TimedModel:
         layers = [module for module in self.lit.modules() if isinstance(module, MoELayer)]
         hooks = [layer.register_forward_hook(receive) for layer in layers]
         self.lit.eval()
-        with torch.no_grad(), self.autocast:
+        # not compiled: a hook that is called for each layer would make another graph of each
+        with torch.no_grad(), self.autocast, torch.compiler.set_stance("force_eager"):
             self.lit.model(self.batch["inputs"])
         for hook in hooks:
             hook.remove()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from moepp.study.compare import speed
 from moepp.study.compare.matrix import Variant
@@ -79,3 +80,15 @@ def test_a_planned_step_is_in_the_runs_precision(monkeypatch: pytest.MonkeyPatch
     for precision in (None, "bf16-true"):
         speed.step_seconds(variant(precision=precision))
     assert seen == [torch.float32, torch.bfloat16]
+
+
+def test_what_the_experts_receive_is_found_without_compiling() -> None:
+    """With a hook that keeps it each layer would be compiled by itself, until torch gives up compiling."""
+    model, compiler = timed("32-true"), CompileCounter()
+    for block in model.lit.model.blocks:
+        block.compile(backend=compiler)
+    model.training_step()
+    compiled = compiler.frame_count
+    assert compiled > 0
+    model.expert_forward()()
+    assert compiler.frame_count == compiled
