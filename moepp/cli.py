@@ -49,11 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch's own switch for large pages under large tensors: 2 to 11 % of a training step on a CPU
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     module, _ = VERBS[verb]
-    if module == "moepp.training.lightning_cli":
-        from moepp.training.option_names import find_mistyped
-
-        if mistyped := find_mistyped(rest):
-            return fail(f"{verb}: {mistyped}")
     return one_line_errors(verb, lambda: start(module, verb, rest))
 
 

@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from moepp.model import InputError
 from moepp.system.files import read_yaml, without_circles
 from moepp.training.checkpoint import newest_checkpoint
-from moepp.training.option_names import CLASSES, did_you_mean
+from moepp.training.option_names import SECTIONS, did_you_mean
 from moepp.training.run_folder import newest_config
 
 NO_OPTIONS = "holds no options but {}: leave it out, or say what in it is to change"
@@ -67,7 +67,7 @@ def with_bases(path: Path) -> list[Path]:
         recipe = read_yaml(chain[0])
         if not isinstance(recipe, dict):
             raise InputError(f"{chain[0]}: is no recipe: it holds no options")
-        for name in CLASSES:
+        for name in SECTIONS:
             if name in recipe and not isinstance(recipe[name], dict | str):  # a name is another file's
                 raise InputError(f"{name}: {NO_OPTIONS.format(recipe[name])}, in {chain[0]}")
         if recipe.get("base") is None:

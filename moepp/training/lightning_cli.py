@@ -29,7 +29,7 @@ from moepp.training.csv_log import CSVLog
 from moepp.training.devices import is_sharded, naming_lost_device, strategy_of
 from moepp.training.module import LitMoE
 from moepp.training.monitor import Monitor
-from moepp.training.option_names import CLASSES
+from moepp.training.option_names import SECTIONS
 from moepp.training.run_folder import RunFolder, say
 from moepp.training.saving import Checkpoints, FitLoop
 from moepp.training.start import described_in
@@ -329,6 +329,6 @@ def as_list(value: Any) -> list[Any]:
 
 def require_sections(options: Any) -> None:
     """Raise an InputError for a section without options, such as `data:` alone: the parser lets it pass."""
-    for name in CLASSES:
+    for name in SECTIONS:
         if not hasattr(section := options[name], "items"):
             raise InputError(f"{name}: {NO_OPTIONS.format(section)}")
