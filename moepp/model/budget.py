@@ -36,6 +36,7 @@ class Budget(nn.Module):
         routers: of the L layers, whose `choice_bias` and `ffn_offset` it sets.
 
     Attributes:
+        aim: FFN experts per token, the budget itself.
         quantiles_LQ: the margins' quantiles, at Q equal steps from 0 to 1.
         debt_X: FFN experts per token spent above the budget and not yet repaid or forgiven.
         steps: () int64, optimizer steps that they are of.
@@ -47,7 +48,8 @@ class Budget(nn.Module):
 
     def __init__(self, moe: MoEConfig, routers: list[Router]) -> None:
         super().__init__()
-        self.moe = moe
+        assert moe.ffn_budget is not None
+        self.moe, self.aim = moe, moe.ffn_budget
         self.routers = tuple(routers)  # not as submodules: they have an owner
         self.register_buffer("quantiles_LQ", torch.zeros(len(routers), QUANTILES))
         self.register_buffer("debt_X", torch.zeros(1 if moe.budget_over == "model" else len(routers)))

@@ -78,9 +78,6 @@ class MoEConfig:
             ("tau", self.tau > 0, "must be positive"),
             ("balance_weight", self.balance_weight >= 0, "must not be negative"),
             ("capacity_factor", factor is None or factor > 0, "must be positive, or null for no limit"),
-            ("router_depth", self.router_depth in (1, 2), "must be 1 or 2"),
-            ("balance_over", self.balance_over in ("batch", "device"), "must be batch or device"),
-            ("budget_over", self.budget_over in ("model", "layer"), "must be model or layer"),
             ("scale_expert_input", self.scale_expert_input > 0, "must be positive"),
             ("logits_norm_std", std is None or std > 0, "must be positive"),
             ("logits_norm_std", std is None or self.n_experts > 1, "needs two experts or more"),
@@ -204,7 +201,6 @@ class TransformerConfig:
                 f"must leave an even head size for RoPE, not {d}",
             ),
             ("n_kv_heads", self.n_heads % self.kv_heads == 0, f"must divide n_heads={self.n_heads}"),
-            ("qk_norm", self.qk_norm in ("none", "head", "width"), "must be none, head or width"),
         ]
         for name, ok, rule in rules:
             require(ok, f"transformer.{name}", getattr(self, name), rule)
@@ -226,9 +222,10 @@ def require_types(config: Any, part: str) -> None:
     """
     for field in fields(config):
         name, value = f"{part}.{field.name}", getattr(config, field.name)
+        kinds = get_args(field.type) or (field.type,)  # of a Literal its values, of `int | None`, of `int`
         if get_origin(field.type) is Literal:
-            continue  # the caller names the choices
-        kinds = get_args(field.type) or (field.type,)  # of `int | None`, of `int`
+            require(value in kinds, name, value, "must be " + " or ".join(map(str, kinds)))
+            continue
         fits = type(value) in kinds or (type(value) is int and float in kinds)
         require(fits, name, repr(value), "must be " + " or ".join(KINDS[kind] for kind in kinds))
         if type(value) in (int, float):

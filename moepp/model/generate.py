@@ -19,7 +19,6 @@ def generate(
     temperature: float = 0.8,
     top_p: float = 0.95,
     stop: int | Callable[[Tensor], bool] | None = None,
-    use_cache: bool = True,
     seed: int = 0,
 ) -> Tensor:
     """`prompt_S` (S,) followed by up to `max_new_tokens` more tokens.
@@ -28,7 +27,6 @@ def generate(
         temperature: divides the logits; 0 takes the most likely token.
         top_p: sample among the fewest tokens whose probabilities reach this sum.
         stop: the token to end early after, or what says of the new tokens (N,) that they end here.
-        use_cache: without it every step computes all positions again; the tokens are the same.
 
     Raises:
         InputError: an option is out of range, or the text would not fit the model's context.
@@ -47,7 +45,7 @@ def generate(
             f"context of {context}: ask for at most {max(context - len(prompt_S), 0)}"
         )
     generator = torch.Generator().manual_seed(seed)
-    caches = [KVCache() for _ in model.blocks] if use_cache else None
+    caches = [KVCache() for _ in model.blocks]
     training = model.training
     model.eval()
     tokens = unseen = prompt_S[None]
@@ -60,7 +58,7 @@ def generate(
                 )
             token = sample(logits_V, temperature, top_p, generator).to(tokens.device)
             tokens = torch.cat((tokens, token.view(1, 1)), dim=1)
-            unseen = token.view(1, 1) if use_cache else tokens
+            unseen = token.view(1, 1)
             if stop(tokens[0, len(prompt_S) :]) if callable(stop) else int(token) == stop:
                 break
     finally:

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from moepp.model import InputError, MoEConfig, Transformer, TransformerConfig
 from moepp.model.config import require
-from moepp.system.files import replacing, sha256_of
+from moepp.system.files import differences, replacing, sha256_of
 from moepp.system.machine import provenance
 from moepp.text.tokenizer import end_of_text, load_tokenizer
 from moepp.training import shards
@@ -167,6 +167,20 @@ def described(
     }
 
 
+Configs = tuple[TransformerConfig, MoEConfig]
+
+
+def configs_in(meta: dict[str, Any]) -> Configs:
+    """What `described` was given. Of a field that came later, a checkpoint of before has the default."""
+    return TransformerConfig(**meta["transformer"]), MoEConfig(**meta["moe"])
+
+
+def differing(before: Configs, after: Configs) -> Iterator[tuple[str, Any, Any]]:
+    """(option, its value in `before`, in `after`)."""
+    old, new = ({"transformer": asdict(transformer), "moe": asdict(moe)} for transformer, moe in (before, after))
+    return differences(old, new, "model")
+
+
 def checkpoint_of(model: Transformer, *origin: Any) -> dict[str, Any]:
     """A checkpoint of weights alone; `origin` is what `described` takes after the configurations."""
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
@@ -216,7 +230,7 @@ def load(path: str | Path) -> Loaded:
     checkpoint = read_checkpoint(path)
     meta = checkpoint["moepp"]
     try:
-        model = Transformer(TransformerConfig(**meta["transformer"]), MoEConfig(**meta["moe"]))
+        model = Transformer(*configs_in(meta))
         state = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
         own = model.state_dict()
         # a checkpoint of before may not have these; routers have the biases that came of them

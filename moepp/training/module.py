@@ -1,7 +1,6 @@
 """LitMoE: the loss, the optimizer and the validation of a Transformer under Lightning."""
 
 from contextlib import nullcontext
-from dataclasses import asdict
 from typing import Any
 
 import lightning as L
@@ -21,8 +20,7 @@ from moepp.model import (
 )
 from moepp.model.conversion import bias_at, set_bias
 from moepp.model.sharding import ParallelConfig, shard
-from moepp.system.files import differences
-from moepp.training.checkpoint import described
+from moepp.training.checkpoint import configs_in, described, differing
 from moepp.training.metrics import FINAL, VAL, Validation
 from moepp.training.optimizer import AdamW, OptimConfig, by_mesh, total_norm
 from moepp.training.run_folder import say
@@ -162,22 +160,21 @@ class LitMoE(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Steer the share of FFN experts by what the step's tokens took."""
-        if self.model.budget is not None and self.moe.ffn_budget is not None:
+        if (budget := self.model.budget) is not None:
             step, steps = self.trainer.global_step, int(self.trainer.estimated_stepping_batches)
-            now, following = (self.budget.at(i, steps, self.moe.ffn_budget) for i in (step, step + 1))
-            self.model.budget.step(now, lambda figures: self.trainer.strategy.reduce(figures, reduce_op="mean"))
-            self.model.budget.spend(following)
+            now, following = (self.budget.at(i, steps, budget.aim) for i in (step, step + 1))
+            budget.step(now, lambda figures: self.trainer.strategy.reduce(figures, reduce_op="mean"))
+            budget.spend(following)
 
     def on_train_end(self) -> None:
         """Set the budget of evaluation by the last training text, read again with the weights as they are now. Not
         where training was cut short: it would go on from there as another run."""
         budget, data = self.model.budget, self.trainer.datamodule  # type: ignore[attr-defined]
         step = self.trainer.global_step
-        if self.moe.ffn_budget is None or step < int(self.trainer.estimated_stepping_batches):
+        if budget is None or step < int(self.trainer.estimated_stepping_batches):
             return
         if step == self.calibrated_at:  # a run that had ended is continued
             return
-        assert budget is not None
         say(self.trainer, "reading the last training text again, to set the budget by it")
         self.model.eval()
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
@@ -185,12 +182,12 @@ class LitMoE(L.LightningModule):
                 budget.observe(self.model.hidden(batch["inputs"].to(self.device))[1])
         self.model.train()
         budget.calibrate(self.trainer.strategy.all_gather)
-        self.model.set_ffn_budget(self.moe.ffn_budget)
+        self.model.set_ffn_budget(budget.aim)
         self.calibrated_at = step
 
     def on_validation_epoch_start(self) -> None:
-        if self.moe.ffn_budget is not None and self.trainer.state.fn != "fit":
-            self.model.set_ffn_budget(self.moe.ffn_budget)
+        if self.model.budget is not None and self.trainer.state.fn != "fit":
+            self.model.set_ffn_budget(self.model.budget.aim)
         files = self.trainer.datamodule.files  # type: ignore[attr-defined]
         self.validation = Validation(files, self.device)
 
@@ -255,9 +252,9 @@ class LitMoE(L.LightningModule):
     def on_train_start(self) -> None:
         """The optimizer's state is a checkpoint's, its settings are what the options say now. So is the budget."""
         self.training_begun = True
-        if self.model.budget is not None and self.moe.ffn_budget is not None:
+        if (budget := self.model.budget) is not None:
             steps = int(self.trainer.estimated_stepping_batches)
-            self.model.budget.spend(self.budget.at(self.trainer.global_step, steps, self.moe.ffn_budget))
+            budget.spend(self.budget.at(self.trainer.global_step, steps, budget.aim))
         groups = self.trainer.optimizers[0].param_groups
         schedule: Any = self.trainer.lr_scheduler_configs[0].scheduler
         schedule.base_lrs = [self.optim.lr] * len(groups)
@@ -282,16 +279,10 @@ class LitMoE(L.LightningModule):
         """
         saved = checkpoint["moepp"]
         self.resumed = True
-        # a checkpoint of before knows fewer fields
-        before = {
-            "transformer": asdict(TransformerConfig(**saved["transformer"])),
-            "moe": asdict(MoEConfig(**saved["moe"])),
-        }
-        now = {"transformer": asdict(self.transformer), "moe": asdict(self.moe)}
-        for key, old, new in differences(before, now):
-            other_budget = key == "moe.ffn_budget" and None not in (old, new)
-            if key.partition(".")[2] not in FREE_TO_CHANGE and not other_budget:
-                raise InputError(f"model.{key}: is {new}, the checkpoint's is {old}")
+        for key, old, new in differing(configs_in(saved), (self.transformer, self.moe)):
+            other_budget = key == "model.moe.ffn_budget" and None not in (old, new)
+            if key.rpartition(".")[2] not in FREE_TO_CHANGE and not other_budget:
+                raise InputError(f"{key}: is {new}, the checkpoint's is {old}")
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         meta = data.files.meta
         if saved["tokenizer"] != data.files.tokenizer_json:

@@ -44,10 +44,12 @@ class Monitor(L.Callback):
     ) -> None:
         """Each device has its own sums, and the checkpoint holds those of one: their mean, then."""
         if trainer.world_size > 1:
-            kept = checkpoint["callbacks"][self.state_key]
-            kept["sums"] = {
-                name: trainer.strategy.reduce(value.float(), reduce_op="mean") for name, value in self.sums.items()
-            }
+            checkpoint["callbacks"][self.state_key]["sums"] = self.mean_sums(trainer)
+
+    def mean_sums(self, trainer: L.Trainer) -> dict[str, Tensor]:
+        """Over the devices."""
+        reduce = trainer.strategy.reduce
+        return {name: reduce(value.float(), reduce_op="mean") for name, value in self.sums.items()}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LitMoE) -> None:  # type: ignore[override]
         self.clock, self.begun, self.begun_step = time.perf_counter(), time.perf_counter(), trainer.global_step
@@ -78,9 +80,7 @@ class Monitor(L.Callback):
 
     def report(self, trainer: L.Trainer, model: LitMoE) -> None:
         n_batches, n_tokens = float(self.sums.pop("batches")), float(self.sums.pop("tokens"))  # of each device
-        sums = {
-            name: trainer.strategy.reduce(value.float(), reduce_op="mean") for name, value in self.sums.items()
-        }
+        sums = self.mean_sums(trainer)
         self.tokens += round(n_tokens) * trainer.world_size
         counts_LE = sums.pop("tokens_per_expert_LE")
         del sums["loss"]  # Lightning has divided it by accumulate_grad_batches

@@ -1,8 +1,7 @@
 """What a run starts from, where its weights are not drawn: a checkpoint's weights, experts that were added to
 these (model/conversion.py) and are let in step by step, and a teacher to stay close to; and the budget's way."""
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +10,7 @@ from torch import Tensor
 from moepp.model import InputError, Transformer, TransformerConfig, flops_per_token
 from moepp.model.config import require
 from moepp.model.sharding import as_shards
-from moepp.system.files import differences
-from moepp.training.checkpoint import load, read_rest
+from moepp.training.checkpoint import differing, load, read_rest
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,8 @@ def start_from(model: Transformer, path: str, tokenizer_json: str) -> list[str]:
     """
     loaded = load(path)
     require_tokenizer("init_from", path, loaded.meta, tokenizer_json)
-    named = [f"{key}={new} (the checkpoint's is {old})" for key, old, new in differing(loaded.model, model)]
+    configs = [(one.config, one.moe_config) for one in (loaded.model, model)]
+    named = [f"{key}={new} (the checkpoint's is {old})" for key, old, new in differing(*configs)]
     state = loaded.model.state_dict()
     own = model.state_dict()
     shapes = {name: value.shape for name, value in state.items()}
@@ -94,14 +93,6 @@ def start_from(model: Transformer, path: str, tokenizer_json: str) -> list[str]:
         raise InputError(f"model.init_from: {path} is of another shape: {', '.join(named)}")
     model.load_state_dict({name: as_shards(value, own[name]) for name, value in state.items()})
     return named
-
-
-def differing(before: Transformer, after: Transformer) -> Iterator[tuple[str, Any, Any]]:
-    """(option, its value in `before`, in `after`)."""
-    one, other = (
-        {"transformer": asdict(model.config), "moe": asdict(model.moe_config)} for model in (before, after)
-    )
-    return ((f"model.{key}", old, new) for key, old, new in differences(one, other))
 
 
 def require_tokenizer(option: str, path: str, meta: dict[str, Any], tokenizer_json: str) -> None:

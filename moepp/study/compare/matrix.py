@@ -16,7 +16,7 @@ from moepp.model import InputError, MoEConfig, TransformerConfig, flops_per_toke
 from moepp.system.files import read_yaml
 from moepp.text.tokenizer import padded_vocab_size
 from moepp.training import lightning_cli
-from moepp.training.checkpoint import step_path
+from moepp.training.checkpoint import configs_in, step_path
 from moepp.training.start import BudgetConfig, described_in
 
 PLOTS = ("curves", "tau", "constants", "compute", "frontier")
@@ -90,8 +90,7 @@ class Variant:
         if self.start is not None and teacher == str(self.start.checkpoint(0)):  # which need not be there yet
             transformer, moe = self.start.variant.transformer, self.start.variant.moe
         else:
-            described = described_in(teacher)
-            transformer, moe = TransformerConfig(**described["transformer"]), MoEConfig(**described["moe"])
+            transformer, moe = configs_in(described_in(teacher))
         return own + flops_per_token(transformer, moe, seq_len, moe.expected_ffn_per_token)
 
     def training_flops(self) -> float:

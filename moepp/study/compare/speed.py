@@ -80,9 +80,9 @@ class TimedModel:
     def loss(self) -> Tensor:
         """Of a training step, with what a budget costs."""
         loss = self.lit.training_step(self.batch, 0)["loss"]
-        if self.lit.model.budget is not None and self.lit.moe.ffn_budget is not None:
-            self.lit.model.budget.step(self.lit.moe.ffn_budget, lambda figures: figures)
-            self.lit.model.budget.spend(self.lit.moe.ffn_budget)
+        if (budget := self.lit.model.budget) is not None:
+            budget.step(budget.aim, lambda figures: figures)
+            budget.spend(budget.aim)
         return loss
 
     def expert_forward(self) -> Callable[[], None]:

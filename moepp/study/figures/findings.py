@@ -64,8 +64,8 @@ class Bootstrap:
         too_short: domains of too few passages for intervals.
     """
 
-    def __init__(self, counts: RoutingCounts, seed: int = 0) -> None:
-        self.counts, rng = counts, np.random.default_rng(seed)
+    def __init__(self, counts: RoutingCounts) -> None:
+        self.counts, rng = counts, np.random.default_rng(0)
         of_domain = counts.passages.sums
         self.too_short = [domain for domain, passages in of_domain.items() if len(passages) < FEWEST_PASSAGES]
         sums_DPX = [np.array(passages, np.float64) for passages in of_domain.values()]
