@@ -28,11 +28,11 @@ from rich.text import Text
 
 from moepp.model.config import require
 from moepp.model.errors import InputError
-from moepp.system.files import lasting, sha256_of, sha256_of_file, whole_or_nothing
+from moepp.system.files import lasting, sha256_of, whole_or_nothing
 from moepp.text.documents import Document, open_source
 from moepp.text.prepare_litdata import PREFIX, prepare_litdata
 from moepp.text.shards import shard_names, write_shards
-from moepp.text.token_files import FORMAT, data_hash
+from moepp.text.token_files import FORMAT, complete, token_dtype
 from moepp.text.tokenizer import FEWEST_TOKENS, MOST_TOKENS, Vocabulary, padded_vocab_size, train_tokenizer
 
 TOKENIZER_BYTES = 128_000_000  # the tokenizer learns from at most so much text, drawn evenly from all of it
@@ -193,11 +193,8 @@ def write_token_files(
     progress: bool,
 ) -> None:
     """What moepp.text.token_files describes."""
-    with lasting(folder / "tokenizer.json") as file:
-        file.write(vocabulary.tokenizer_json.encode())
-
     padded = padded_vocab_size(vocab_size)
-    dtype = "uint16" if padded <= 1 << 16 else "uint32"
+    dtype = token_dtype(padded)
     tokens_N = np.zeros_like(documents.bytes_N)
     with phase("encoding", int(documents.bytes_N.sum()), progress) as advance:
         write_shards(
@@ -218,22 +215,7 @@ def write_token_files(
             domains[name][part] = {"documents": len(mine), "bytes": size, "tokens": tokens}
         begin, end = end, end + domains[name]["val"]["tokens"]
         domains[name]["val_range"] = [begin, end]
-
-    files = sorted(folder.glob("*.bin"))
-    meta = {
-        "format": FORMAT,
-        "source": about,
-        "vocab_size": vocabulary.size,
-        "padded_vocab_size": padded,
-        "dtype": dtype,
-        "eot": vocabulary.end_of_text,
-        "tokenizer_sha256": sha256_of(vocabulary.tokenizer_json),
-        "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of_file(file)} for file in files},
-        "domains": domains,
-    }
-    meta["data_hash"] = data_hash(meta)
-    with lasting(folder / "meta.json") as file:
-        file.write((json.dumps(meta, indent=2, ensure_ascii=False) + "\n").encode())
+    complete(folder, vocabulary, padded, about, domains)
 
 
 def encode(

@@ -17,9 +17,9 @@ import numpy as np
 from filelock import FileLock
 
 from moepp.model.errors import InputError
-from moepp.system.files import lasting, sha256_of, sha256_of_file, whole_or_nothing
+from moepp.system.files import lasting, sha256_of, whole_or_nothing
 from moepp.text.litdata_set import LitdataSet
-from moepp.text.token_files import FORMAT, data_hash
+from moepp.text.token_files import FORMAT, complete, token_dtype
 from moepp.text.tokenizer import Vocabulary, padded_vocab_size
 
 PREFIX = "litdata:"  # of a data set of token ids
@@ -59,24 +59,13 @@ def prepare_litdata(path: str, out_root: str, tokenizer: str | None) -> Path:
         end = vocabulary.end_of_text  # is to stand before the first document and after the last
         tokens = np.pad(tokens, (int(tokens[0] != end), int(tokens[-1] != end)), constant_values=end)
         with whole_or_nothing(folder) as unfinished:
-            dtype = "uint16" if padded_vocab_size(vocabulary.size) <= 1 << 16 else "uint32"
-            write(unfinished / "val.bin", tokens.astype(dtype).tobytes())
-            write(unfinished / "tokenizer.json", vocabulary.tokenizer_json.encode())
-            meta: dict[str, Any] = {
-                "format": FORMAT,
-                "source": {"path": path, "fingerprint": fingerprint},
-                "litdata": {"path": train.path, "index_sha256": sha256_of(index)},
-                "vocab_size": vocabulary.size,
-                "padded_vocab_size": padded_vocab_size(vocabulary.size),
-                "dtype": dtype,
-                "eot": vocabulary.end_of_text,
-                "tokenizer_sha256": sha256_of(vocabulary.tokenizer_json),
-                "files": {"val.bin": {"bytes": (unfinished / "val.bin").stat().st_size}},
-                "domains": {Path(root).name: domain(tokens, vocabulary, len(train))},
-            }
-            meta["files"]["val.bin"]["sha256"] = sha256_of_file(unfinished / "val.bin")
-            meta["data_hash"] = data_hash(meta)
-            write(unfinished / "meta.json", (json.dumps(meta, indent=2, ensure_ascii=False) + "\n").encode())
+            padded = padded_vocab_size(vocabulary.size)
+            with lasting(unfinished / "val.bin") as file:
+                file.write(tokens.astype(token_dtype(padded)).tobytes())
+            source = {"path": path, "fingerprint": fingerprint}
+            streamed = {"path": train.path, "index_sha256": sha256_of(index)}
+            domains = {Path(root).name: domain(tokens, vocabulary, len(train))}
+            complete(unfinished, vocabulary, padded, source, domains, litdata=streamed)
     return folder
 
 
@@ -101,8 +90,3 @@ def domain(tokens: np.ndarray, vocabulary: Vocabulary, train: int) -> dict[str, 
         "val": val,
         "val_range": [1, len(tokens)],
     }
-
-
-def write(path: Path, content: bytes) -> None:
-    with lasting(path) as file:
-        file.write(content)

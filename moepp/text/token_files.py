@@ -22,10 +22,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from moepp.model.errors import InputError
-from moepp.system.files import sha256_of
+from moepp.system.files import lasting, sha256_of, sha256_of_file
 from moepp.text.litdata_set import LitdataSet
 from moepp.text.shards import Shards
-from moepp.text.tokenizer import load_tokenizer
+from moepp.text.tokenizer import Vocabulary, load_tokenizer
 
 FORMAT = 1  # of the folder; raise it when older folders can no longer be used
 PARTS = ("train", "val")
@@ -142,6 +142,41 @@ class TokenFiles:
             shares = f"{documents:,}", f"{val[0]:,}", f"{size / 1e6:.2f}", f"{tokens:,}", f"{val[2]:,}"
             table.add_row(name, *shares, f"{size / known:.2f}")
         return table
+
+
+def token_dtype(padded_vocab_size: int) -> str:
+    return "uint16" if padded_vocab_size <= 1 << 16 else "uint32"
+
+
+def complete(
+    folder: Path, vocabulary: Vocabulary, padded: int, source: dict[str, Any], domains: dict[str, Any], **more: Any
+) -> None:
+    """Write tokenizer.json and meta.json beside the token files that are in `folder`.
+
+    Args:
+        padded: vocabulary size of the models, whose `token_dtype` the files have.
+        source: what the text is, and a fingerprint of all that the folder was made of.
+        domains: by name, counts of each part and where it lies in val.bin.
+        more: further entries of meta.json.
+    """
+    with lasting(folder / "tokenizer.json") as file:
+        file.write(vocabulary.tokenizer_json.encode())
+    files = sorted(folder.glob("*.bin"))
+    meta = {
+        "format": FORMAT,
+        "source": source,
+        **more,
+        "vocab_size": vocabulary.size,
+        "padded_vocab_size": padded,
+        "dtype": token_dtype(padded),
+        "eot": vocabulary.end_of_text,
+        "tokenizer_sha256": sha256_of(vocabulary.tokenizer_json),
+        "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of_file(file)} for file in files},
+        "domains": domains,
+    }
+    meta["data_hash"] = data_hash(meta)
+    with lasting(folder / "meta.json") as file:
+        file.write((json.dumps(meta, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def train_files(meta: dict[str, Any]) -> list[str]:

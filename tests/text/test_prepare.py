@@ -14,6 +14,7 @@ import rich
 from moepp.model.errors import InputError
 from moepp.system import files as whole_files
 from moepp.text import prepare as preparing
+from moepp.text import token_files
 from moepp.text.prepare import prepare
 from moepp.text.token_files import TokenFiles
 from moepp.text.tokenizer import Vocabulary
@@ -144,7 +145,8 @@ def test_a_call_cut_off_leaves_nothing_that_passes_for_whole(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(whole_files if step == "fsync_folder" else preparing, step, stop)
+        where = {"fsync_folder": whole_files, "data_hash": token_files}
+        patch.setattr(where.get(step, preparing), step, stop)
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as if killed: nobody tidies up
         with pytest.raises(KeyboardInterrupt):
             make(tmp_path)
