@@ -14,16 +14,10 @@ from torch import nn
 from .config import MoEConfig, TransformerConfig
 from .errors import InputError
 from .transformer import Transformer
-from .weights import Parts, Shards, dense_names, fill, read_json
+from .weights import KEYS, Parts, Shards, dense_names, fill, naming, read_json
 
-TRANSFORMER = {  # our fields, and the keys in config.json that all share
-    "vocab_size": "vocab_size",
-    "n_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "n_heads": "num_attention_heads",
-    "context_length": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-}
+# fields that every config.json has to have
+SAID = ("vocab_size", "n_layers", "hidden_size", "n_heads", "context_length", "norm_eps")
 
 
 @dataclass(frozen=True)
@@ -81,10 +75,10 @@ def configurations(config: dict[str, Any], path: Path) -> tuple[Family, Transfor
         config = config | {"num_experts": config["num_local_experts"]}
     rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0)}
     require_supported(config, rope, family, path)
-    try:
+    with naming(path):
         renormalize = config.get("norm_topk_prob", False) if family.renormalize is None else family.renormalize
         transformer = TransformerConfig(
-            **{ours: config[theirs] for ours, theirs in TRANSFORMER.items()},
+            **{name: config[KEYS.get(name, name)] for name in SAID},
             intermediate_size=config[family.intermediate_size],
             n_kv_heads=config.get("num_key_value_heads"),
             head_size=config.get("head_dim"),
@@ -102,10 +96,6 @@ def configurations(config: dict[str, Any], path: Path) -> tuple[Family, Transfor
             gating_residual=False,
             renormalize=renormalize,
         )
-    except KeyError as error:
-        raise InputError(f"{path}: has no key {error}") from error
-    except (InputError, TypeError) as error:
-        raise InputError(f"{path}: {error}") from error
     return family, transformer, moe
 
 

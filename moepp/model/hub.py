@@ -15,22 +15,12 @@ from .config import MoEConfig, TransformerConfig
 from .errors import InputError
 from .router import routers
 from .transformer import Transformer
-from .weights import Parts, Shards, dense_names, fill, read_json, save_shards, taken_apart
+from .weights import KEYS, Parts, Shards, dense_names, fill, naming, read_json, save_shards, taken_apart
 
 MODEL_TYPE = "moepp"
 BUDGET = "model.budget."  # its buffers, which the code in the folder has no use for
 CODE = ("configuration_moepp.py", "modeling_moepp.py")  # in moepp/hf
-TRANSFORMER = {  # our fields, and their keys in config.json where these differ
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "head_size": "head_dim",
-    "context_length": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings",
-    "init_std": "initializer_range",
-}
-MOE = {
+MOE_KEYS = {  # of our MoEConfig's fields, as in weights.KEYS
     "n_ffn": "num_experts",
     "top_k": "num_experts_per_tok",
     "balance_weight": "router_aux_loss_coef",
@@ -98,7 +88,7 @@ def tensor_names(transformer: TransformerConfig, moe: MoEConfig) -> Iterator[tup
 
 
 def write_config(transformer: TransformerConfig, moe: MoEConfig) -> dict[str, Any]:
-    sizes = {TRANSFORMER.get(name, name): value for name, value in asdict(transformer).items()}
+    sizes = {KEYS.get(name, name): value for name, value in asdict(transformer).items()}
     return {
         "architectures": ["MoeppForCausalLM"],
         "model_type": MODEL_TYPE,
@@ -111,7 +101,7 @@ def write_config(transformer: TransformerConfig, moe: MoEConfig) -> dict[str, An
         "hidden_act": "silu",
         "rope_parameters": {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")},
         **sizes,
-        **{MOE.get(name, name): value for name, value in asdict(moe).items()},
+        **{MOE_KEYS.get(name, name): value for name, value in asdict(moe).items()},
     }
 
 
@@ -120,17 +110,13 @@ def read_config(folder: Path) -> tuple[TransformerConfig, MoEConfig]:
     config = read_json(folder)
     if config["model_type"] != MODEL_TYPE:
         raise InputError(f"{path}: model_type is {config['model_type']!r}, not {MODEL_TYPE!r}")
-    try:
+    with naming(path):
         rope = config["rope_parameters"]
         if rope["rope_type"] != "default":
             raise InputError(f"rope_parameters={rope} is not supported")
         config["rope_theta"] = rope["rope_theta"]
         sizes, experts = (
             {field.name: config[names.get(field.name, field.name)] for field in fields(kind)}
-            for kind, names in ((TransformerConfig, TRANSFORMER), (MoEConfig, MOE))
+            for kind, names in ((TransformerConfig, KEYS), (MoEConfig, MOE_KEYS))
         )
         return TransformerConfig(**sizes), MoEConfig(**experts)
-    except KeyError as error:
-        raise InputError(f"{path}: has no key {error}") from error
-    except (InputError, TypeError) as error:
-        raise InputError(f"{path}: {error}") from error

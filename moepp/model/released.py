@@ -6,6 +6,7 @@ top-2 routing.
 
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from .config import MoEConfig, TransformerConfig
 from .errors import InputError
 from .transformer import Transformer
-from .weights import Parts, Shards, dense_names, fill, read_json, save_shards, taken_apart
+from .weights import KEYS, Parts, Shards, dense_names, fill, naming, read_json, save_shards, taken_apart
 
 # nothing else fits the format
 HELD: dict[str, Any] = {"n_zero": 1, "n_copy": 1, "n_const": 2, "top_k": 2}
@@ -26,18 +27,8 @@ PLAIN: dict[str, Any] = {
     "head_size": None,
 }
 STACKED = ("w_gate_up", "w_down", "constants", "mix")  # parameters of ours that stack one tensor per expert
-TRANSFORMER = {  # our fields, and their keys in config.json
-    "vocab_size": "vocab_size",
-    "n_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "context_length": "max_position_embeddings",
-    "rope_theta": "rope_theta",
-    "norm_eps": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings",
-    "init_std": "initializer_range",
+SIZES = {  # our fields, and their keys in config.json
+    field.name: KEYS.get(field.name, field.name) for field in fields(TransformerConfig) if field.name not in PLAIN
 }
 
 
@@ -92,15 +83,15 @@ def tensor_names(transformer: TransformerConfig, moe: MoEConfig) -> Iterator[tup
 def read_config(folder: Path) -> tuple[TransformerConfig, MoEConfig]:
     path = folder / "config.json"
     config = read_json(folder)
-    try:
+    with naming(path):
         if config["model_type"] != "MoE++":
-            raise InputError(f"{path}: model_type is {config['model_type']!r}, not 'MoE++'")
+            raise InputError(f"model_type is {config['model_type']!r}, not 'MoE++'")
         if config.get("rope_scaling") or config.get("moe_expert_interval", 1) != 1:
-            raise InputError(f"{path}: rope_scaling and moe_expert_interval other than 1 are not supported")
+            raise InputError("rope_scaling and moe_expert_interval other than 1 are not supported")
         (n_experts,) = config["num_experts"]
         mixtral_gating = config["moe_use_mixtral_gating"]
         scaled = not (mixtral_gating or config["moe_feature_no_mul_topk"])
-        transformer = TransformerConfig(**{ours: config[theirs] for ours, theirs in TRANSFORMER.items()})
+        transformer = TransformerConfig(**{ours: config[theirs] for ours, theirs in SIZES.items()})
         moe = MoEConfig(
             n_ffn=n_experts - MoEConfig(**HELD).n_zero_computation,
             **HELD,
@@ -109,12 +100,6 @@ def read_config(folder: Path) -> tuple[TransformerConfig, MoEConfig]:
             logits_norm_std=config["moe_gate_norm_std"] if config["moe_use_logits_norm"] else None,
             renormalize_without_zero=not mixtral_gating,
         )
-    except KeyError as error:
-        raise InputError(f"{path}: has no key {error}") from error
-    except InputError:
-        raise
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not a released MoE++ config ({error})") from error
     return transformer, moe
 
 
@@ -130,7 +115,7 @@ def write_config(transformer: TransformerConfig, moe: MoEConfig) -> dict[str, An
         "architectures": ["MoeForCausalLM"],
         "model_type": "MoE++",
         "hidden_act": "silu",
-        **{theirs: getattr(transformer, ours) for ours, theirs in TRANSFORMER.items()},
+        **{theirs: getattr(transformer, ours) for ours, theirs in SIZES.items()},
         "num_key_value_heads": transformer.kv_heads,  # ours may be null
         "rope_scaling": None,
         "num_experts": [moe.n_experts],

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,17 @@ from torch import Tensor, nn
 
 from .config import TransformerConfig
 from .errors import InputError
+
+KEYS = {  # of our TransformerConfig's fields in config.json, where they are called otherwise there
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_size": "head_dim",
+    "context_length": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "init_std": "initializer_range",
+}
 
 
 def read_json(folder: Path) -> dict[str, Any]:
@@ -29,6 +41,17 @@ def read_json(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or "model_type" not in config:
         raise InputError(f"{path}: has no model_type")
     return config
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error about what this config.json says names it."""
+    try:
+        yield
+    except KeyError as error:
+        raise InputError(f"{path}: has no key {error}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 class Shards(Mapping[str, Tensor]):
