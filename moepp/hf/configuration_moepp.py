@@ -15,6 +15,7 @@ class MoeppConfig(PreTrainedConfig):
     dense model is one FFN expert.
 
     Args:
+        num_key_value_heads: None means `num_attention_heads`.
         head_dim: width of a head; None means `hidden_size` / `num_attention_heads`.
         qk_norm: RMSNorm of queries and keys before RoPE: "none", of each "head", or over the "width" of all heads.
         num_experts: FFN (SwiGLU) experts.
@@ -41,79 +42,47 @@ class MoeppConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
     attribute_map = {"num_local_experts": "num_experts"}  # noqa: RUF012
 
-    def __init__(
-        self,
-        vocab_size: int = 8192,
-        num_hidden_layers: int = 4,
-        hidden_size: int = 256,
-        intermediate_size: int = 688,
-        num_attention_heads: int = 4,
-        num_key_value_heads: int | None = None,
-        head_dim: int | None = None,
-        qk_norm: str = "none",
-        max_position_embeddings: int = 256,
-        rope_parameters: dict[str, Any] | None = None,
-        rms_norm_eps: float = 1e-5,
-        tie_word_embeddings: bool = True,
-        initializer_range: float = 0.02,
-        hidden_act: str = "silu",
-        num_experts: int = 8,
-        n_zero: int = 1,
-        n_copy: int = 1,
-        n_const: int = 2,
-        num_experts_per_tok: int = 2,
-        tau: float = 0.75,
-        router_aux_loss_coef: float = 0.01,
-        capacity_factor: float | None = None,
-        gating_residual: bool = True,
-        router_depth: int = 1,
-        scale_expert_input: float = 1.0,
-        logits_norm_std: float | None = None,
-        renormalize_without_zero: bool = True,
-        norm_topk_prob: bool = True,
-        balance_groups: bool = False,
-        score_bias: bool = False,
-        ffn_budget: float | None = None,
-        budget_over: str = "model",
-        use_cache: bool = True,
-        output_router_logits: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.num_hidden_layers = num_hidden_layers
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads or num_attention_heads
-        self.head_dim = head_dim or hidden_size // num_attention_heads
-        self.qk_norm = qk_norm
-        self.max_position_embeddings = max_position_embeddings
-        self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
-        self.rms_norm_eps = rms_norm_eps
-        self.initializer_range = initializer_range
-        self.hidden_act = hidden_act
-        self.num_experts = num_experts
-        self.n_zero = n_zero
-        self.n_copy = n_copy
-        self.n_const = n_const
-        self.num_experts_per_tok = num_experts_per_tok
-        self.tau = tau
-        self.router_aux_loss_coef = router_aux_loss_coef
-        self.capacity_factor = capacity_factor
-        self.gating_residual = gating_residual
-        self.router_depth = router_depth
-        self.scale_expert_input = scale_expert_input
-        self.logits_norm_std = logits_norm_std
-        self.renormalize_without_zero = renormalize_without_zero
-        self.norm_topk_prob = norm_topk_prob
-        self.balance_groups = balance_groups
-        self.score_bias = score_bias
-        self.ffn_budget = ffn_budget
-        self.budget_over = budget_over
-        self.use_cache = use_cache
-        self.output_router_logits = output_router_logits
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
-        if self.rope_parameters["rope_type"] != "default" or hidden_act != "silu":
+    vocab_size: int = 8192
+    num_hidden_layers: int = 4
+    hidden_size: int = 256
+    intermediate_size: int = 688
+    num_attention_heads: int = 4
+    num_key_value_heads: Any = None  # these three have a value once it is built
+    head_dim: Any = None
+    qk_norm: str = "none"
+    max_position_embeddings: int = 256
+    rope_parameters: Any = None
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    hidden_act: str = "silu"
+    num_experts: int = 8
+    n_zero: int = 1
+    n_copy: int = 1
+    n_const: int = 2
+    num_experts_per_tok: int = 2
+    tau: float = 0.75
+    router_aux_loss_coef: float = 0.01
+    capacity_factor: float | None = None
+    gating_residual: bool = True
+    router_depth: int = 1
+    scale_expert_input: float = 1.0
+    logits_norm_std: float | None = None
+    renormalize_without_zero: bool = True
+    norm_topk_prob: bool = True
+    balance_groups: bool = False
+    score_bias: bool = False
+    ffn_budget: float | None = None
+    budget_over: str = "model"
+    use_cache: bool = True
+    output_router_logits: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.rope_parameters = self.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
+        super().__post_init__(**kwargs)
+        if self.rope_parameters["rope_type"] != "default" or self.hidden_act != "silu":
             raise ValueError("MoE++ has RoPE without scaling and silu, nothing else is built")
 
     @property
