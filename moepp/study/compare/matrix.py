@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import combinations
@@ -24,13 +24,8 @@ PLOTS = ("curves", "tau", "constants", "compute", "frontier")
 VERSION_TYPES = {"base": str, "start": str, "seeds": int, "jobs": int}
 TUNE_TYPES = VERSION_TYPES | {"options": dict, "part_of_steps": (int, float)}
 TYPES = VERSION_TYPES | {"reference": str, "quick": dict, "sources": dict, "tune": dict, "variants": dict}
-STUDY_KEYS = {
-    "paper",
-    "plots",
-    "ffn_width",
-    "noise",
-    "flops_of",
-}  # of a variant; all its other keys are options of the run
+# of a variant; all its other keys are options of the run
+ENTRY_TYPES = {"paper": dict, "plots": list, "ffn_width": int, "noise": (int, float), "flops_of": str}
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,7 @@ class Variant:
     name: str
     resolve: Callable[..., dict[str, Any]]  # **last → all options of `moepp fit`, not to be changed
     paper: dict[str, dict[str, float]] = field(default_factory=dict)  # quantity → model size → value
-    plots: tuple[str, ...] = ()
+    plots: Sequence[str] = ()
     noise: float = 0.1  # of rows that conversion adds to the router (model/conversion.py)
     flops_of: str | None = None  # another variant, whose training costs as much
     further: dict[str, Any] = field(default_factory=dict)  # options that come last: {"model.optim.lr": 0.003}
@@ -187,16 +182,16 @@ def read_matrix(path: Path) -> dict[str, Any]:
             raise InputError(f"{path}: variant {name!r}: is no name with a mapping of options")
         matrix["variants"][name] = entry = entry or {}
         where = f"{path}: variant {name}:"
-        for plot in require_type(entry.get("plots", []), list, f"{where} plots"):
+        require_entries({key: entry[key] for key in ENTRY_TYPES if key in entry}, ENTRY_TYPES, where)
+        for plot in entry.get("plots", []):
             if plot not in PLOTS:
                 raise InputError(f"{where} no plot {plot!r}: use {', '.join(PLOTS)}")
-        require_type(entry.get("noise", 0.0), (int, float), f"{where} noise")
-        other = require_type(entry.get("flops_of", ""), str, f"{where} flops_of")
+        other = entry.get("flops_of", "")
         if other and (other == name or "flops_of" in (matrix["variants"].get(other, {"flops_of": ""}) or {})):
             raise InputError(f"{where} flops_of: {other!r} is no other variant with steps of its own")
-        if require_type(entry.get("ffn_width", 1), int, f"{where} ffn_width") < 1:
+        if entry.get("ffn_width", 1) < 1:
             raise InputError(f"{where} ffn_width: must be at least 1")
-        for quantity, figures in require_type(entry.get("paper", {}), dict, f"{where} paper").items():
+        for quantity, figures in entry.get("paper", {}).items():
             for figure in require_type(figures, dict, f"{where} paper.{quantity}").values():
                 require_type(figure, (int, float), f"{where} paper.{quantity}")
     require_entries(matrix.get("quick", {}), VERSION_TYPES, f"{path}: quick:")
@@ -253,9 +248,8 @@ def resolve(path: Path, matrix: dict[str, Any], base: Path, overrides: list[str]
     for name, entry in matrix["variants"].items():
         # a fifth of a second each, and a search asks for the same ones again
         options = cache(partial(fit_options, base, overrides, entry, start, name))
-        plots, paper = tuple(entry.get("plots", ())), entry.get("paper", {})
-        noise, flops_of = entry.get("noise", 0.1), entry.get("flops_of")
-        variant = Variant(name, options, paper, plots, noise, flops_of, start=start)
+        own = {key: entry[key] for key in ("paper", "plots", "noise", "flops_of") if key in entry}
+        variant = Variant(name, options, start=start, **own)
         try:
             _ = variant.transformer, variant.moe  # their constructors refuse impossible values
         except InputError as error:
@@ -294,7 +288,7 @@ def fit_options(
         raise InputError(f"base: {base} does not exist")
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "variant.yaml"
-        recipe.write_text(yaml.safe_dump({key: value for key, value in entry.items() if key not in STUDY_KEYS}))
+        recipe.write_text(yaml.safe_dump({key: value for key, value in entry.items() if key not in ENTRY_TYPES}))
         chosen = [f"--{option}={value}" for option, value in last.items()]
         try:
             options = lightning_cli.resolve(["--config", str(base), *overrides, "--config", str(recipe), *chosen])
