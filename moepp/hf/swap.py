@@ -8,7 +8,7 @@ from torch import nn
 
 from moepp.model import InputError, MoEConfig
 from moepp.model.config import require
-from moepp.model.conversion import SILENT, added_rows
+from moepp.model.conversion import SILENT, added_rows, with_added
 from moepp.model.experts import ZeroComputationExperts
 from moepp.model.init import init_parameters
 
@@ -20,12 +20,12 @@ from .vanilla import vanilla
 @torch.no_grad()
 def swap_moe(
     model: Any,
-    n_zero: int = 4,
+    n_zero: int | None = None,
     n_copy: int = 0,
     n_const: int = 0,
+    ffn_per_token: float | None = None,
     noise: float = 0.1,
     gating_residual: bool = True,
-    tau: float = 0.75,
     balance_weight: float = 0.01,
     seed: int = 0,
 ) -> Any:
@@ -43,12 +43,13 @@ def swap_moe(
     Args:
         model: a `PreTrainedModel` whose decoder layers all have an `mlp` of a softmax top-k router and SwiGLU
             experts: Mixtral, Qwen3-MoE, OLMoE, and others that are built like them.
-        n_zero: zero experts to add; 0 of every kind leaves the vanilla layer, computed by ours.
+        n_zero: zero experts to add; None: one fewer than K, as for `moepp convert`, or none beside others. 0 of
+            every kind leaves the vanilla layer, computed by ours.
         n_copy: copy experts to add. Trained models have no room for what they add (arXiv 2605.18643).
         n_const: constant experts to add.
+        ffn_per_token: FFN experts that a token takes at balance, which sets τ; None: two thirds of K.
         noise: of the added rows, in standard deviations of the old rows about their mean.
         gating_residual: add the previous layer's logits, by a W_g that starts at 0.
-        tau: τ of the balance between FFN and zero-computation experts.
         balance_weight: β.
         seed: of the noise.
 
@@ -63,22 +64,20 @@ def swap_moe(
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise InputError(f"swap_moe: {type(model).__name__} has no decoder layers that could be found")
     require(noise >= 0, "noise", noise, "must not be negative")
-    n_added = n_zero + n_copy + n_const
     configs = [
         MoEConfig(
-            n_zero=n_zero,
-            n_copy=n_copy,
-            n_const=n_const,
-            tau=tau,
+            n_zero=0,
+            n_copy=0,
+            n_const=0,
             balance_weight=balance_weight,
             gating_residual=gating_residual,
-            balance_groups=n_added > 0,
             balance_over="device",  # processes of a Trainer need not have as many tokens, or all ask for the loss
-            score_bias=n_added > 0,
             **vanilla(layer, f"swap_moe: {type(model).__name__}, layer {i}"),
         )
         for i, layer in enumerate(layers)
     ]
+    if (n_zero, n_copy, n_const) != (0, 0, 0):
+        configs = [with_added(moe, n_zero, n_copy, n_const, ffn_per_token) for moe in configs]
     generator = torch.Generator().manual_seed(seed)
     for i, (layer, moe) in enumerate(zip(layers, configs, strict=True)):
         swap_block(layer.mlp, moe, noise, generator, first=i == 0)

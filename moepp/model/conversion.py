@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .config import require
+from .config import MoEConfig, require
 from .errors import InputError
 from .router import Router, routers
 from .transformer import Transformer
@@ -22,7 +22,7 @@ SILENT = -1e4  # e to this is exactly 0, in float64 too
 @torch.no_grad()
 def add_zero_computation(
     model: Transformer,
-    n_zero: int,
+    n_zero: int | None = None,
     n_copy: int = 0,
     n_const: int = 0,
     ffn_per_token: float | None = None,
@@ -33,12 +33,7 @@ def add_zero_computation(
 
     Args:
         model: without zero-computation experts, its router linear.
-        n_zero: zero experts to add. Fewer than K leave every token an FFN expert; with more, the loss rose on the
-            way (recipes/results/LOG.md).
-        n_copy: copy experts to add. The residual stream of a trained model has no room for what they add: the
-            models of others broke (arXiv 2605.18643).
-        n_const: constant experts to add.
-        ffn_per_token: FFN experts that a token takes at balance, which sets τ; null: two thirds of K.
+        n_zero: as for `with_added`, and so are n_copy, n_const and ffn_per_token.
         noise: of the added rows, in standard deviations of the old rows about their mean; at 1 they are drawn as
             the old rows are spread.
         seed: of the noise.
@@ -51,21 +46,8 @@ def add_zero_computation(
         raise InputError(f"the model has {old.n_zero_computation} zero-computation experts already")
     require(old.router_depth == 1, "moe.router_depth", old.router_depth, "must be 1 to add experts")
     require(old.logits_norm_std is None, "moe.logits_norm_std", old.logits_norm_std, "must be null to add experts")
-    require(n_zero + n_copy + n_const > 0, "n_zero", n_zero, "must be positive, or n_copy or n_const")
     require(noise >= 0, "noise", noise, "must not be negative")
-    ffn_per_token = 2 / 3 * old.top_k if ffn_per_token is None else ffn_per_token
-    possible = 0 < ffn_per_token < old.top_k
-    require(possible, "ffn_per_token", ffn_per_token, f"must be above 0 and below top_k={old.top_k}")
-    moe = replace(
-        old,
-        n_zero=n_zero,
-        n_copy=n_copy,
-        n_const=n_const,
-        gating_residual=True,
-        balance_groups=True,
-        score_bias=True,
-    )
-    moe = replace(moe, tau=moe.tau_for(ffn_per_token))
+    moe = with_added(replace(old, gating_residual=True), n_zero, n_copy, n_const, ffn_per_token)
     torch.manual_seed(seed)
     new = Transformer(model.config, moe)
     for name, parameter in model.named_parameters():
@@ -74,6 +56,29 @@ def add_zero_computation(
     for old_router, new_router in zip(routers(model), routers(new), strict=True):
         add_rows(old_router, new_router, noise)
     return new.eval()
+
+
+def with_added(
+    old: MoEConfig, n_zero: int | None, n_copy: int, n_const: int, ffn_per_token: float | None
+) -> MoEConfig:
+    """`old` with zero-computation experts, balanced as a group against the FFN experts and let in by a bias.
+
+    Args:
+        n_zero: zero experts; None: one fewer than K, which leaves every token an FFN expert (with more the loss
+            rose on the way, recipes/results/LOG.md), or none beside others.
+        n_copy: copy experts. The residual stream of a trained model has no room for what they add: the models of
+            others broke (arXiv 2605.18643).
+        n_const: constant experts.
+        ffn_per_token: FFN experts that a token takes at balance, which sets τ; None: two thirds of K.
+    """
+    if n_zero is None:
+        n_zero = 0 if n_copy or n_const else max(1, old.top_k - 1)
+    require(n_zero + n_copy + n_const > 0, "n_zero", n_zero, "must be positive, or n_copy or n_const")
+    ffn_per_token = 2 / 3 * old.top_k if ffn_per_token is None else ffn_per_token
+    possible = 0 < ffn_per_token < old.top_k
+    require(possible, "ffn_per_token", ffn_per_token, f"must be above 0 and below top_k={old.top_k}")
+    moe = replace(old, n_zero=n_zero, n_copy=n_copy, n_const=n_const, balance_groups=True, score_bias=True)
+    return replace(moe, tau=moe.tau_for(ffn_per_token))
 
 
 def add_rows(old: Router, new: Router, noise: float) -> None:

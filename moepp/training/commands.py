@@ -163,8 +163,6 @@ def convert(
     if n_ffn is not None:
         model = upcycle(model, n_ffn, top_k, seed)
     if n_ffn is None or n_zero or n_copy or n_const:
-        if n_zero is None:
-            n_zero = 0 if n_copy or n_const else max(1, model.moe_config.top_k - 1)
         model = add_zero_computation(model, n_zero, n_copy, n_const, ffn_per_token, noise, seed)
     write_model(out, model, *loaded.origin)
 

@@ -70,7 +70,7 @@ def test_at_first_nothing_changes(name: str, added: dict[str, int]) -> None:
     found = theirs(tokens(), output_router_logits=True)
     largest = expected.logits.abs().max().item()
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-5 * largest)
-    n_added = sum(({"n_zero": 4} | added).values())
+    n_added = sum(({"n_zero": theirs.config.num_experts_per_tok - 1} | added).values())
     for mine, their in zip(found.router_logits, expected.router_logits, strict=True):
         assert mine.shape == (120, their.shape[1] + n_added)
         torch.testing.assert_close(mine[:, : their.shape[1]], their)
@@ -190,7 +190,7 @@ def test_router_logits_also_where_their_hooks_were_there_before(when: str) -> No
     hf.swap_moe(model)
     for _ in range(2):
         output = model(tokens(), output_router_logits=True, output_hidden_states=True)
-        assert [logits.shape for logits in output.router_logits] == [(120, 10)] * 3
+        assert [logits.shape for logits in output.router_logits] == [(120, 8)] * 3
         assert len(output.hidden_states) == 4
         assert output.aux_loss.isfinite()
 
@@ -265,7 +265,7 @@ def test_what_is_saved_is_read_back(name: str, tmp_path: Path) -> None:
     twin = hf.swap_moe(plain(name), **ADDED, seed=1)
     twin.load_state_dict(model.state_dict())
     torch.testing.assert_close(twin(tokens()).logits, expected)
-    with pytest.raises(InputError, match=r"gate.added is \(5, 32\), not \(4, 32\)"):
+    with pytest.raises(InputError, match=r"gate.added is \(5, 32\), not \(2, 32\)"):
         hf.load_added(hf.swap_moe(plain(name)), tmp_path)
 
 
@@ -323,7 +323,7 @@ def dense_between() -> Any:
 
 
 @pytest.mark.parametrize(
-    "option", [{"n_zero": -1}, {"noise": -0.1}, {"tau": 0.0}, {"balance_weight": -1.0}], ids=str
+    "option", [{"n_zero": -1}, {"noise": -0.1}, {"ffn_per_token": 0.0}, {"balance_weight": -1.0}], ids=str
 )
 def test_bad_options_leave_the_model_alone(option: dict[str, Any]) -> None:
     model = plain()
