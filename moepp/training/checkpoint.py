@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+import traceback
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -122,12 +123,15 @@ def naming_checkpoint(path: str | None, use: str, begun: Callable[[], bool]) -> 
     """Lightning restores what a checkpoint holds part by part, and each fails in its own way on a wrong one.
 
     Raises:
-        InputError: before the work has begun: the checkpoint holds what no run of ours has written.
+        InputError: before the work has begun, and not in the model's own computation: the checkpoint holds what no
+            run of ours has written.
     """
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if path is None or begun() or isinstance(error, InputError | torch.OutOfMemoryError):
+        within = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+        computing = within & {"training_step", "validation_step", "backward"}
+        if path is None or begun() or computing or isinstance(error, InputError | torch.OutOfMemoryError):
             raise
         raise InputError(
             f"{path}: cannot be {use}, what it holds is not a run's state ({type(error).__name__}: {error})"

@@ -79,7 +79,7 @@ class LitMoE(L.LightningModule):
                 block.compile()
         self.gradient_norm = torch.tensor(float("nan"))
         self.config_text = ""  # every option of the run, for its checkpoints
-        # what a checkpoint held is restored, a first batch has come through with it
+        # a first step, a first batch has come through with what a checkpoint held
         self.training_begun = self.evaluation_begun = False
         self.calibrated_at: int | None = None  # the optimizer step after which evaluation's budget was set
         self.bad_step = torch.zeros(())  # 1: the last optimizer step was skipped
@@ -251,7 +251,6 @@ class LitMoE(L.LightningModule):
 
     def on_train_start(self) -> None:
         """The optimizer's state is a checkpoint's, its settings are what the options say now. So is the budget."""
-        self.training_begun = True
         if (budget := self.model.budget) is not None:
             steps = int(self.trainer.estimated_stepping_batches)
             budget.spend(self.budget.at(self.trainer.global_step, steps, budget.aim))
@@ -262,6 +261,9 @@ class LitMoE(L.LightningModule):
         for group, decay in zip(groups, (self.optim.weight_decay, 0.0), strict=True):
             group |= {"initial_lr": self.optim.lr, "lr": lr, "weight_decay": decay}
             group |= {"betas": self.optim.betas, "eps": self.optim.eps}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.training_begun = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
