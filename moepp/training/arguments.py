@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from moepp.model import InputError
-from moepp.system.files import read_yaml, without_circles
+from moepp.system.files import OnceLoader, read_yaml, without_circles
 from moepp.training.checkpoint import newest_checkpoint
 from moepp.training.option_names import SECTIONS, did_you_mean
 from moepp.training.run_folder import newest_config
@@ -103,8 +103,10 @@ def values_at(recipe: Any, names: list[str]) -> list[Any]:
 
 
 def load_value(text: str) -> Any:
-    """An option's value, which may hold itself: `&a {b: *a}`."""
+    """An option's value, which may hold itself: `&a {b: *a}`, or a key twice."""
     value = yaml_load(text)
+    if isinstance(value, dict | list):
+        yaml.load(text, OnceLoader)
     try:
         return without_circles(value)
     except ValueError as error:

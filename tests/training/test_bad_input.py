@@ -67,6 +67,7 @@ def snapshot() -> dict[str, bytes]:
         ("--data.num_workers=1000000", "data.num_workers: must be a whole number from 0 to 1024"),
         ("--data.seed=9223372036854775808", "data.seed: must be a whole number from 0 to"),
         ("--data.path=\udcff.txt", "is not UTF-8"),
+        ("--model.moe={n_zero: 1, n_zero: 2}", "n_zero stands twice"),
     ],
 )
 def test_options(text_file: Path, workdir: Path, capsys, option: str, message: str) -> None:
