@@ -5,7 +5,8 @@ for at a time; --seconds ends all of it as soon. Whatever fails, the rest goes o
 called again, it does what is missing, and a study goes on where it was. What there is to publish is packed after
 each part. --toy rehearses the same parts in small, on any machine.
 
-The text has to be prepared beforehand, where there is a network: `moepp prepare data/corpus.yaml`.
+Where there is no network the text has to be prepared beforehand (`moepp prepare data/corpus.yaml`), or the parts
+that train on it fail.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from tests.conftest import RECIPES, small_text
 LIMIT = 570  # seconds of a part
 LEAST = 60  # with fewer left no part is begun
 GRACE = 25  # to write a checkpoint in, once it is told to stop
+PACKING = 10  # of all that is left at the end
 PROFILER = "lightning.pytorch.profilers.PyTorchProfiler"
 LEFT_OUT = (".ckpt", ".bin", ".tmp")  # of what is packed to be published
 # 61M active parameters of MoE++'s 0.25B: nine runs and their checkpoints fit ten minutes or so, and the disk
@@ -86,10 +88,11 @@ def run(part: Part, out: Path, limit: float) -> str:
             process.send_signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
+            return "unfinished"
+        finally:
             with suppress(ProcessLookupError):  # and whatever it has begun, which would slow the next part down
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            return "unfinished"
 
 
 def pack(out: Path) -> Path:
@@ -121,7 +124,8 @@ def main() -> int:
     if unknown := set(wanted) - set(names):
         raise InputError(f"only: no part {min(unknown)!r}: use {', '.join(names)}")
 
-    end = time.perf_counter() + options.seconds - GRACE
+    end = time.perf_counter() + options.seconds - GRACE - PACKING
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the part at hand, too
     console = Console(width=None if sys.stdout.isatty() else 140)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     table = Table(title=f"{device_name(device)}, torch {torch.__version__}, {provenance()['commit'][:12]}")

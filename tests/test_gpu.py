@@ -1,5 +1,7 @@
 """`make gpu` with parts that end as parts may end."""
 
+import os
+import subprocess
 import sys
 import tarfile
 import time
@@ -43,8 +45,9 @@ def test_what_is_done_is_not_repeated(workdir: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_it_ends_within_its_time_and_goes_on_later(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "LEAST", 1.0)
+    monkeypatch.setattr(gpu, "LEAST", 0.5)
     monkeypatch.setattr(gpu, "GRACE", 0.5)
+    monkeypatch.setattr(gpu, "PACKING", 0.5)
     begun = time.monotonic()
     assert make(monkeypatch, [SLOW, GOOD], "--seconds=2") == 1
     assert time.monotonic() - begun < 4
@@ -77,6 +80,22 @@ def running(pid: int) -> bool:
         return "zombie" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+def test_a_signal_to_all_of_it_ends_the_part_too(workdir: Path) -> None:
+    Path("parent.py").write_text("import os, time; open('child', 'w').write(str(os.getpid())); time.sleep(60)")
+    code = "import sys; from pathlib import Path; from tests import gpu; gpu.parts = lambda *_: [PART]; gpu.main()"
+    code = code.replace("PART", "gpu.Part('parent', '', ['parent'])")
+    root = str(Path(gpu.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{Path.cwd()}"}
+    whole = subprocess.Popen([sys.executable, "-c", code, "--toy", "--out=gpu"], env=environment)
+    for _ in range(300):
+        if Path("child").is_file() and Path("child").read_text():
+            break
+        time.sleep(0.1)
+    whole.terminate()
+    assert whole.wait(10) == 143
+    assert not running(int(Path("child").read_text()))
 
 
 def test_without_prepared_text_what_needs_none_runs(workdir: Path) -> None:

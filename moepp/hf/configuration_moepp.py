@@ -47,11 +47,11 @@ class MoeppConfig(PreTrainedConfig):
     hidden_size: int = 256
     intermediate_size: int = 688
     num_attention_heads: int = 4
-    num_key_value_heads: Any = None  # these three have a value once it is built
+    num_key_value_heads: Any = None  # an int once it is built, and so is head_dim
     head_dim: Any = None
     qk_norm: str = "none"
     max_position_embeddings: int = 256
-    rope_parameters: Any = None
+    rope_parameters: Any = None  # a dict once it is built
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02

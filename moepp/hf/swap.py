@@ -43,8 +43,8 @@ def swap_moe(
     Args:
         model: a `PreTrainedModel` whose decoder layers all have an `mlp` of a softmax top-k router and SwiGLU
             experts: Mixtral, Qwen3-MoE, OLMoE, and others that are built like them.
-        n_zero: zero experts to add; None: one fewer than K, as for `moepp convert`, or none beside others. 0 of
-            every kind leaves the vanilla layer, computed by ours.
+        n_zero: zero experts to add; None: one fewer than K and one at least, as for `moepp convert`, or none
+            beside others. 0 of every kind leaves the vanilla layer, computed by ours.
         n_copy: copy experts to add. Trained models have no room for what they add (arXiv 2605.18643).
         n_const: constant experts to add.
         ffn_per_token: FFN experts that a token takes at balance, which sets τ; None: two thirds of K.
@@ -76,7 +76,9 @@ def swap_moe(
         )
         for i, layer in enumerate(layers)
     ]
-    if (n_zero, n_copy, n_const) != (0, 0, 0):
+    if (n_zero, n_copy, n_const) == (0, 0, 0):
+        require(ffn_per_token is None, "ffn_per_token", ffn_per_token, "needs experts to be added")
+    else:
         configs = [with_added(moe, n_zero, n_copy, n_const, ffn_per_token) for moe in configs]
     generator = torch.Generator().manual_seed(seed)
     for i, (layer, moe) in enumerate(zip(layers, configs, strict=True)):

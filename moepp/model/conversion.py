@@ -65,7 +65,7 @@ def with_added(
 
     Args:
         n_zero: zero experts; None: one fewer than K, which leaves every token an FFN expert (with more the loss
-            rose on the way, recipes/results/LOG.md), or none beside others.
+            rose on the way, recipes/results/LOG.md), but one at least; or none beside others.
         n_copy: copy experts. The residual stream of a trained model has no room for what they add: the models of
             others broke (arXiv 2605.18643).
         n_const: constant experts.

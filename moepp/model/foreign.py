@@ -73,9 +73,9 @@ def configurations(config: dict[str, Any], path: Path) -> tuple[Family, Transfor
         raise InputError(f"{path}: model_type is {config['model_type']!r}; what can be read is {readable}")
     if "num_local_experts" in config:  # which of the two depends on the family, and on who wrote it
         config = config | {"num_experts": config["num_local_experts"]}
-    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0)}
-    require_supported(config, rope, family, path)
     with naming(path):
+        rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0)}
+        require_supported(config, rope, family)
         renormalize = config.get("norm_topk_prob", False) if family.renormalize is None else family.renormalize
         transformer = TransformerConfig(
             **{name: config[KEYS.get(name, name)] for name in SAID},
@@ -99,7 +99,7 @@ def configurations(config: dict[str, Any], path: Path) -> tuple[Family, Transfor
     return family, transformer, moe
 
 
-def require_supported(config: dict[str, Any], rope: dict[str, Any], family: Family, path: Path) -> None:
+def require_supported(config: dict[str, Any], rope: dict[str, Any], family: Family) -> None:
     """Raise an InputError for what the config asks for and our model cannot do."""
     context, window = config.get("max_position_embeddings"), config.get("sliding_window")
     scaling = config.get("rope_scaling") or rope
@@ -114,7 +114,7 @@ def require_supported(config: dict[str, Any], rope: dict[str, Any], family: Fami
     for key, supported in rules.items():
         if not supported:
             said = {"rope_scaling": scaling}.get(key, config.get(key))
-            raise InputError(f"{path}: {key}={said} is not supported")
+            raise InputError(f"{key}={said} is not supported")
 
 
 def tensor_names(

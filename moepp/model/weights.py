@@ -50,7 +50,7 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except KeyError as error:
         raise InputError(f"{path}: has no key {error}") from error
-    except (TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: {error}") from error
 
 

@@ -148,8 +148,8 @@ def convert(
     Args:
         ckpt: the checkpoint of a vanilla MoE, or of a dense model.
         out: the checkpoint to write.
-        n_zero: zero experts to add; by default one fewer than a token takes experts, so that none is left without
-            any FFN expert; with n_ffn none.
+        n_zero: zero experts to add; by default one fewer than a token takes experts (one at least), so that none
+            is left without any FFN expert; with n_ffn none.
         n_copy: copy experts to add; the residual stream of a trained model has no room for what they add.
         n_const: constant experts to add.
         ffn_per_token: FFN experts that a token shall take at balance, which sets tau; by default two thirds.

@@ -61,8 +61,8 @@ class Checkpoints(Checkpoint):
                 if unfinished.is_dir():
                     remove_checkpoint(unfinished)
             for path in step_checkpoints(Path(trainer.default_root_dir)):
-                if step_of(path) > trainer.global_step:  # damaged: this run goes on from the one before
-                    remove_checkpoint(path)
+                if step_of(path) > trainer.global_step and not trainer.fit_loop.done:
+                    remove_checkpoint(path)  # damaged: this run goes on from the one before
             self.name_best(trainer)  # a kill may have come in between
         if self.validation_due:
             validate(trainer)
@@ -166,7 +166,7 @@ class FitLoop(_FitLoop):
 
     @property
     def skip(self) -> bool:
-        return super().skip and self.trainer.global_step == 0
+        return self.trainer.limit_train_batches == 0 or (super().skip and self.trainer.global_step == 0)
 
 
 def within_step(trainer: L.Trainer) -> bool:

@@ -112,6 +112,7 @@ def spoil(folder: Path, value: torch.Tensor | None) -> None:
             "model_type is 'deepseek_v3'; what can be read is mixtral",
         ),
         (lambda f: change(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_scaling=.*yarn"),
+        (lambda f: change(f, rope_parameters=5), "config.json: 'int' object"),
         (lambda f: change(f, rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling=.*linear"),
         (lambda f: change(f, use_sliding_window=True, sliding_window=16), "sliding_window=16 is not supported"),
         (lambda f: change(f, attention_bias=True), "attention_bias=True is not supported"),

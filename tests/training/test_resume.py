@@ -202,6 +202,16 @@ def test_a_run_that_was_cut_after_its_last_step_has_its_end_before_it(
         assert whole_rows == resumed_rows
 
 
+def test_no_step_to_go_costs_no_checkpoint(text_file: Path, workdir: Path) -> None:
+    options = [*tiny(text_file), "--trainer.default_root_dir=run"]
+    assert main(["fit", *options, "--trainer.max_steps=4"]) == 0
+    earlier = f"--ckpt_path={step_path(Path('run'), 2)}"
+    assert main(["fit", *options, "--trainer.max_steps=2", earlier]) == 0
+    assert step_path(Path("run"), 4).exists()
+    assert main(["fit", *options, "--trainer.max_steps=4", "--trainer.limit_train_batches=0", earlier]) == 0
+    assert step_path(Path("run"), 4).exists()
+
+
 def test_an_error_of_the_training_is_not_blamed_on_the_checkpoint(
     text_file: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
