@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from moepp.model import InputError, mean_load_balance_loss
 
+from .modeling_moepp import share_of_step
 from .modules import Pathway, SwappedBlock
 
 
@@ -40,9 +40,4 @@ def with_balance(
     if not decoder.training:
         return loss
     beta = next(block.moe for block in decoder.modules() if isinstance(block, SwappedBlock)).balance_weight
-    share: Tensor | float = 1.0
-    if (n_items := kwargs.get("num_items_in_batch")) is not None:
-        shifted = kwargs.get("shift_labels")
-        n_here = (labels[..., 1:] if shifted is None else shifted).ne(-100).sum()
-        share = n_here / torch.as_tensor(n_items, device=n_here.device)
-    return loss + beta * share * balance_loss(decoder)
+    return loss + beta * share_of_step(labels, **kwargs) * balance_loss(decoder)

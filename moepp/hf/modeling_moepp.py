@@ -322,6 +322,14 @@ def load_balance_loss(scores: tuple[Tensor, ...], attention_mask: Tensor | None,
     return (ffn_LF.sum(1) + config.balance_tau * others_LN.sum(1)).mean()
 
 
+def share_of_step(labels: Tensor, num_items_in_batch: Any = None, shift_labels: Any = None, **_: Any) -> Any:
+    """These labels' part of a step's, by which a loss counts, as Trainer adds up micro-batches; else 1."""
+    if num_items_in_batch is None:
+        return 1.0
+    n_labels = (labels[..., 1:] if shift_labels is None else shift_labels).ne(-100).sum()
+    return n_labels / torch.as_tensor(num_items_in_batch, device=n_labels.device)
+
+
 class MoeppForCausalLM(MoeppPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -356,10 +364,7 @@ class MoeppForCausalLM(MoeppPreTrainedModel, GenerationMixin):
             aux_loss = load_balance_loss(outputs.router_logits, attention_mask, self.config)
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-            if self.training:  # Trainer adds up a step's micro-batches, each by its share of the step's labels
-                shifted, n_items = kwargs.get("shift_labels"), kwargs.get("num_items_in_batch")
-                n_labels = (labels[..., 1:] if shifted is None else shifted).ne(-100).sum()
-                share = 1.0 if n_items is None else n_labels / n_items
-                loss = loss + self.config.router_aux_loss_coef * share * aux_loss
+            if self.training:
+                loss = loss + self.config.router_aux_loss_coef * share_of_step(labels, **kwargs) * aux_loss
         found = outputs.past_key_values, outputs.hidden_states, outputs.attentions
         return MoeCausalLMOutputWithPast(loss, aux_loss, logits, *found, outputs.router_logits if asked else None)
