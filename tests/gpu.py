@@ -142,15 +142,15 @@ def main() -> int:
         else:
             console.print(f"{part.name} …")
             result = run(part, out, limit)
-        if result == "done":
-            done.touch()
+            if result == "done":
+                done.touch()
+            pack(out)  # the end may not come
         good &= done.is_file()
         table.add_row(part.name, part.shows, result, f"{time.perf_counter() - begun:.0f}")
         with (out / "summary.txt").open("w") as file:  # whatever cuts it off, what was measured is kept
             Console(file=file, width=140).print(table)
-        packed = pack(out)
     console.print(table)
-    print(packed)
+    print(pack(out))
     return 0 if good else 1
 
 
