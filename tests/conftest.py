@@ -80,6 +80,11 @@ def tiny(text: Path, recipe: str = "moepp.yaml") -> list[str]:
     ]
 
 
+def without_speed(run: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv, but for what no two runs have in common."""
+    return [{name: text for name, text in row.items() if not name.startswith("speed/")} for row in read_csv(run)]
+
+
 def read_csv(run: Path) -> list[dict[str, str]]:
     with (run / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))

@@ -15,7 +15,7 @@ from moepp.cli import main
 from moepp.text.token_files import data_hash
 from moepp.training.checkpoint import last_checkpoint, read_checkpoint, step_of, step_path
 from moepp.training.module import LitMoE
-from tests.conftest import RECIPES, read_csv, tiny
+from tests.conftest import RECIPES, read_csv, tiny, without_speed
 
 
 class PowerCut(Exception):
@@ -156,10 +156,7 @@ def test_a_resumed_run_is_the_same_run(
     for index, state in whole["optimizer_states"][0]["state"].items():
         for name, value in state.items():
             assert torch.equal(value, resumed["optimizer_states"][0]["state"][index][name]), name
-    rows = [
-        [{name: text for name, text in row.items() if not name.startswith("speed/")} for row in read_csv(run)]
-        for run in (workdir / "runs/moepp/1", workdir / "runs/moepp/2")
-    ]
+    rows = [without_speed(workdir / f"runs/moepp/{n}") for n in (1, 2)]
     assert [row["step"] for row in rows[0]] == ["3", "6", "9", "10"]
     assert rows[0] == rows[1]
 
@@ -195,11 +192,7 @@ def test_a_run_that_was_cut_after_its_last_step_has_its_end_before_it(
         for path in ("step-00000006.ckpt", "best.ckpt"):
             whole, resumed = (read_checkpoint(run / "checkpoints" / path)["state_dict"] for run in runs)
             assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
-        whole_rows, resumed_rows = (
-            [{name: text for name, text in row.items() if not name.startswith("speed/")} for row in read_csv(run)]
-            for run in runs
-        )
-        assert whole_rows == resumed_rows
+        assert without_speed(runs[0]) == without_speed(runs[1])
 
 
 def test_no_step_to_go_costs_no_checkpoint(text_file: Path, workdir: Path) -> None:

@@ -11,7 +11,7 @@ from moepp.cli import main
 from moepp.training.checkpoint import last_checkpoint, read_checkpoint, step_path
 from moepp.training.module import LitMoE
 from moepp.training.saving import Checkpoints
-from tests.conftest import read_csv, tiny
+from tests.conftest import read_csv, tiny, without_speed
 
 
 def names(run: Path) -> list[str]:
@@ -92,10 +92,7 @@ def test_a_signal_does_not_wait_for_a_validation(
     assert main(["fit", *options]) == 0
     assert stopped_in_a_validation(monkeypatch, options, "fit") == [3]
     assert main(["fit", *options, "--ckpt_path=last"]) == 0
-    rows = [
-        [{k: v for k, v in row.items() if not k.startswith("speed/")} for row in read_csv(Path(f"runs/moepp/{n}"))]
-        for n in (1, 2)
-    ]
+    rows = [without_speed(Path(f"runs/moepp/{n}")) for n in (1, 2)]
     assert rows[0] == rows[1]
     assert rows[0][2]["val/loss"]
     best = [read_checkpoint(Path(f"runs/moepp/{n}/checkpoints/best.ckpt"))["global_step"] for n in (1, 2)]
