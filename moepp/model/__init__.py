@@ -5,7 +5,7 @@ Nothing here knows of a trainer, and nothing but torch and safetensors is import
 
 from .config import MoEConfig, TransformerConfig
 from .conversion import add_zero_computation, upcycle
-from .counts import ParameterCount, count_parameters, flops_per_token
+from .counts import ParameterCount, count_parameters, flops_per_token, training_flops_per_token
 from .errors import InputError
 from .foreign import load_foreign
 from .hub import export_hub, load_hub
@@ -37,5 +37,6 @@ __all__ = [
     "load_released",
     "mean_load_balance_loss",
     "nll_by_token",
+    "training_flops_per_token",
     "upcycle",
 ]

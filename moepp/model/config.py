@@ -214,6 +214,9 @@ class TransformerConfig:
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
 
+Configs = tuple[TransformerConfig, MoEConfig]  # of a model
+
+
 def require_types(config: Any, part: str) -> None:
     """Raise an InputError for a field of another type, or a number beyond all sense.
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .config import MoEConfig, TransformerConfig
+from .config import Configs, MoEConfig, TransformerConfig
 from .errors import InputError
 
 
@@ -79,3 +79,14 @@ def flops_per_token(transformer: TransformerConfig, moe: MoEConfig, seq_len: int
     attention = t.n_layers * 2 * 2 * t.n_heads * t.head_dim * (seq_len / 2)
     constants = t.n_layers * 2 * 2 * moe.n_const * t.hidden_size
     return 2 * (count.attention + count.router + ffn + head) + attention + constants
+
+
+def training_flops_per_token(
+    student: Configs, seq_len: int, ffn_per_token: float, teacher: Configs | None = None
+) -> float:
+    """Of a training step: forward and backward, and forward through a teacher, with the FFN experts that its
+    balance asks for. The rest as for `flops_per_token`."""
+    flops = 3 * flops_per_token(*student, seq_len, ffn_per_token)
+    if teacher is not None:
+        flops = flops + flops_per_token(*teacher, seq_len, teacher[1].expected_ffn_per_token)
+    return flops

@@ -21,7 +21,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from tokenizers import Tokenizer
 
 from moepp.model import InputError, MoEConfig, Transformer, TransformerConfig
-from moepp.model.config import require
+from moepp.model.config import Configs, require
 from moepp.system.files import differences, replacing, sha256_of
 from moepp.system.machine import provenance
 from moepp.text.tokenizer import end_of_text, load_tokenizer
@@ -169,9 +169,6 @@ def described(
         "data_hash": data_hash,
         "data": data,
     }
-
-
-Configs = tuple[TransformerConfig, MoEConfig]
 
 
 def configs_in(meta: dict[str, Any]) -> Configs:

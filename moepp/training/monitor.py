@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from moepp.model import flops_per_token
+from moepp.model import training_flops_per_token
 from moepp.system.machine import peak_flops
 from moepp.training.bad_steps import BadSteps
 from moepp.training.collapse import watch
@@ -92,9 +92,8 @@ class Monitor(L.Callback):
         timed_tokens = trainer.world_size * (n_tokens - self.tokens_before)
         tokens_per_second = timed_tokens / (time.perf_counter() - self.clock)
         seq_len = trainer.datamodule.seq_len  # type: ignore[attr-defined]
-        flops = 3 * flops_per_token(model.transformer, model.moe, seq_len, ffn_per_token)
-        if model.teacher is not None:
-            flops += model.teacher.flops_per_token(seq_len)
+        teacher = None if model.teacher is None else model.teacher.configs
+        flops = training_flops_per_token((model.transformer, model.moe), seq_len, ffn_per_token, teacher)
         metrics = {
             **means,
             "train/balance_scaled": balance_scaled,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepp.model import InputError, Transformer, TransformerConfig, flops_per_token
+from moepp.model import InputError, Transformer, TransformerConfig
 from moepp.model.config import require
 from moepp.model.sharding import as_shards
 from moepp.training.checkpoint import differing, load, read_rest
@@ -112,6 +112,7 @@ class Teacher:
         require_tokenizer("distill.teacher", path, loaded.meta, tokenizer_json)
         self.model = loaded.model.requires_grad_(False)
         config = self.model.config
+        self.configs = config, self.model.moe_config
         require(
             config.vocab_size == student.vocab_size,
             "model.distill.teacher",
@@ -129,8 +130,3 @@ class Teacher:
     def hidden(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
         """(N, D) what its head receives, and (V, D) the head's weight."""
         return self.model.hidden(tokens_BS)[0].flatten(0, 1), self.model.head.weight
-
-    def flops_per_token(self, seq_len: int) -> float:
-        """Of its forward pass, with the FFN experts that its balance asks for."""
-        moe = self.model.moe_config
-        return flops_per_token(self.model.config, moe, seq_len, moe.expected_ffn_per_token)

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from moepp.model import InputError, MoEConfig, TransformerConfig, flops_per_token
+from moepp.model import InputError, MoEConfig, TransformerConfig, training_flops_per_token
 from moepp.system.files import read_yaml
 from moepp.text.tokenizer import padded_vocab_size
 from moepp.training import lightning_cli
@@ -79,14 +79,12 @@ class Variant:
     def training_flops_per_token(self, ffn_per_token: Any) -> Any:
         """Forward and backward, and forward through a teacher; of a number or of an array of numbers."""
         seq_len, teacher = self.options["data"]["seq_len"], self.options["model"]["distill"]["teacher"]
-        own = 3 * flops_per_token(self.transformer, self.moe, seq_len, ffn_per_token)
-        if teacher is None:
-            return own
+        configs = None
         if self.start is not None and teacher == str(self.start.checkpoint(0)):  # which need not be there yet
-            transformer, moe = self.start.variant.transformer, self.start.variant.moe
-        else:
-            transformer, moe = configs_in(described_in(teacher))
-        return own + flops_per_token(transformer, moe, seq_len, moe.expected_ffn_per_token)
+            configs = self.start.variant.transformer, self.start.variant.moe
+        elif teacher is not None:
+            configs = configs_in(described_in(teacher))
+        return training_flops_per_token((self.transformer, self.moe), seq_len, ffn_per_token, configs)
 
     def training_flops(self) -> float:
         """Of one run, with the FFN experts per token that theory expects."""
