@@ -77,18 +77,20 @@ class LoopedExperts(torch.autograd.Function):
         H = w_down_FDH.shape[2]
         x_RD = gather(x_TD, plan)
         out_RD = torch.empty_like(x_RD)
-        gate_ups = []
-        for e, _, (x_ND, out_ND) in by_expert(plan, x_RD, out_RD):
+        activations: list[Tensor] = []
+        for e, n, (x_ND, out_ND) in by_expert(plan, x_RD, out_RD):
             gate_up_NG = x_ND @ w_gate_up_FGD[e].T
-            hidden_NH = F.silu(gate_up_NG[:, :H]).mul_(gate_up_NG[:, H:])
+            silu_NH = F.silu(gate_up_NG[:, :H])
+            hidden_NH = silu_NH * gate_up_NG[:, H:]
+            hidden_NH[n:] = 0  # rows of others
             torch.mm(hidden_NH, w_down_FDH[e].T, out=out_ND)
-            gate_ups.append(gate_up_NG)
+            activations += gate_up_NG, silu_NH, hidden_NH  # to compute them again would take longer
         y_TD = sum_by_token(plan, out_RD, gates_TK)
         if terms:
             scale_T, weights_TC, constants_CD = terms
             y_TD.addcmul_(x_TD, scale_T[:, None]).addmm_(weights_TC, constants_CD)
         ctx.plan = plan
-        ctx.save_for_backward(x_TD, gates_TK, w_gate_up_FGD, w_down_FDH, x_RD, out_RD, *gate_ups, *terms)
+        ctx.save_for_backward(x_TD, gates_TK, w_gate_up_FGD, w_down_FDH, x_RD, out_RD, *activations, *terms)
         return y_TD
 
     @staticmethod
@@ -97,7 +99,7 @@ class LoopedExperts(torch.autograd.Function):
         plan: Plan = ctx.plan
         x_TD, gates_TK, w_gate_up_FGD, w_down_FDH, x_RD, out_RD, *more = ctx.saved_tensors
         n_ffn, _, H = w_down_FDH.shape
-        gate_ups, terms = more[:n_ffn], more[n_ffn:]
+        activations, terms = more[: 3 * n_ffn], more[3 * n_ffn :]
         R = len(plan.token_R)
         grad_out_RD = gather(grad_TD, plan)
         grad_gates_A = torch.zeros_like(gates_TK).flatten()
@@ -106,13 +108,12 @@ class LoopedExperts(torch.autograd.Function):
         grad_x_RD = torch.empty_like(x_RD)
         grad_w_gate_up_FGD, grad_w_down_FDH = torch.empty_like(w_gate_up_FGD), torch.empty_like(w_down_FDH)
         for e, n, (x_ND, grad_out_ND, grad_x_ND) in by_expert(plan, x_RD, grad_out_RD, grad_x_RD):
-            gate_NH, up_NH = gate_ups[e][:, :H], gate_ups[e][:, H:]
+            gate_up_NG, silu_NH, hidden_NH = activations[3 * e : 3 * e + 3]
+            gate_NH, up_NH = gate_up_NG[:, :H], gate_up_NG[:, H:]
             grad_hidden_NH = grad_out_ND @ w_down_FDH[e]
-            silu_NH = F.silu(gate_NH)
-            grad_gate_up_NG = torch.empty_like(gate_ups[e])
+            torch.mm(grad_out_ND.T, hidden_NH, out=grad_w_down_FDH[e])
+            grad_gate_up_NG = torch.empty_like(gate_up_NG)
             torch.mul(grad_hidden_NH, silu_NH, out=grad_gate_up_NG[:, H:])
-            silu_NH.mul_(up_NH)[n:] = 0  # rows of others
-            torch.mm(grad_out_ND.T, silu_NH, out=grad_w_down_FDH[e])
             grad_silu_NH = grad_hidden_NH.mul_(up_NH)
             torch.ops.aten.silu_backward.grad_input(grad_silu_NH, gate_NH, grad_input=grad_gate_up_NG[:, :H])
             grad_gate_up_NG[n:] = 0

@@ -21,6 +21,7 @@ CHUNK_BYTES = 4096  # of one column of a chunk's logits on a CPU
 # A GPU has no cache to fit, and for every chunk it would add (V, D) to the head's gradient in float32.
 CUDA_CHUNK = 4096  # tokens
 BLOCK = 1 << 19  # logits whose softmax in float32 stays in a CPU's cache
+UNDERFLOW = 80.0  # -log of probabilities that float32 is soon too coarse for
 
 
 def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, compile: bool = False) -> Tensor:
@@ -117,11 +118,10 @@ def nll_and_gradient(logits_NV: Tensor, targets_N1: Tensor) -> tuple[Tensor, Ten
     dtype, n = torch.promote_types(logits_NV.dtype, torch.float32), block_of(logits_NV)
     nll = logits_NV.new_zeros((), dtype=dtype)
     for logits, targets in zip(logits_NV.split(n), targets_N1.split(n), strict=True):
-        scores = logits.to(dtype)
-        probs = scores.softmax(-1)
-        # the largest probability is 1 / sum of exp(score - largest score)
-        largest, largest_prob = scores.amax(-1, keepdim=True), probs.amax(-1, keepdim=True)
-        nll_of_row = largest - largest_prob.log() - scores.gather(1, targets)
+        probs = logits.softmax(-1, dtype=dtype)
+        nll_of_row = -probs.gather(1, targets).log()
+        if logits.is_cuda or nll_of_row.max() > UNDERFLOW:  # a GPU would have to be waited for to know
+            nll_of_row = F.cross_entropy(logits.to(dtype), targets[:, 0], reduction="none")[:, None]
         # p - 1 there; into float32, as to scatter into bf16 takes a CPU 6 ms
         logits.copy_(probs.scatter_(1, targets, torch.expm1(-nll_of_row)))
         nll += nll_of_row.sum()

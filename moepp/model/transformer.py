@@ -17,6 +17,7 @@ from .errors import InputError
 from .init import draw_seed, init_parameters
 from .moe import MoELayer
 from .norm import RMSNorm
+from .rope import rope_table, rotate
 from .router import Routing, routers
 
 
@@ -178,19 +179,3 @@ class Transformer(nn.Module):
                 x_BSD, routing = block(*inputs)
             routings.append(routing)
         return self.norm(x_BSD), routings
-
-
-def rope_table(config: TransformerConfig) -> Tensor:
-    """(2, context_length, d): cos and signed sin (minus in the first half) of position times frequency."""
-    d = config.head_dim
-    frequencies = config.rope_theta ** -(torch.arange(0, d, 2, dtype=torch.float32) / d)
-    angles = torch.arange(config.context_length, dtype=torch.float32)[:, None] * frequencies
-    cos, sin = angles.cos(), angles.sin()
-    return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
-
-
-def rotate(x_BNSd: Tensor, rope_2Sd: Tensor) -> Tensor:
-    """RoPE: turn each pair (i, i + d/2) by its position's angle."""
-    cos_Sd, signed_sin_Sd = rope_2Sd
-    other = x_BNSd.roll(x_BNSd.shape[-1] // 2, dims=-1)  # of each pair
-    return (x_BNSd * cos_Sd + other * signed_sin_Sd).to(x_BNSd.dtype)
