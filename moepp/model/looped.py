@@ -6,7 +6,7 @@ copies in between: without them the layer went from 0.76 to 0.87 of its limit at
 τ = 0.1 (recipes/results/LOG.md).
 
 T tokens, D hidden size, H intermediate size, G = 2H (gate, then up), F = n_ffn, C = n_const, K choices a token,
-A = T·K assignments, R rows that FFN experts compute (plan.py), N rows of the expert at hand.
+R rows that FFN experts compute (plan.py), N rows of the expert at hand.
 """
 
 from collections.abc import Iterator
@@ -20,6 +20,10 @@ from torch.autograd.function import once_differentiable
 from .plan import Plan
 from .router import Routing
 
+# What the rows of an expert are rounded up to. oneDNN, which computes bf16 on a CPU, compiles a kernel for each
+# shape that it meets, and no two steps send an expert as many tokens: a fifth of a step's time.
+MULTIPLE = {torch.bfloat16: 16}
+
 
 @torch.compiler.disable
 def looped_experts(
@@ -28,32 +32,15 @@ def looped_experts(
     """(T, D): the gate-weighted sum of the FFN experts' outputs, and onto that, where there are `terms`
     (experts.Terms), s·x + W·V."""
     # its row counts differ from step to step, which a compiled graph would be specialised on again and again
-    plan = Plan.of(routing.experts, routing.computed(), len(w_down_FDH))
-    return LoopedExperts.apply(x_TD, routing.gates, w_gate_up_FGD, w_down_FDH, plan, *terms)
+    plan = Plan.of(routing.experts, routing.computed(), len(w_down_FDH)).rounded_up(MULTIPLE.get(x_TD.dtype, 1))
+    with_backward = torch.is_grad_enabled()  # which `forward` itself would never see
+    return LoopedExperts.apply(x_TD, routing.gates, w_gate_up_FGD, w_down_FDH, plan, with_backward, *terms)
 
 
-def multiple(x_TD: Tensor) -> int:
-    """What the rows of an expert's products are rounded up to. oneDNN, which computes bf16 on a CPU, compiles a
-    kernel for each shape that it meets, and no two steps send an expert as many tokens: a fifth of a step's time.
-    """
-    return 16 if x_TD.dtype == torch.bfloat16 else 1
-
-
-def gather(x_TD: Tensor, plan: Plan) -> Tensor:
-    """(R, D), and spare rows of 0 for the last expert's to be rounded up by."""
-    R, spare = len(plan.token_R), multiple(x_TD) - 1
-    rows_RD = x_TD.new_empty(R + spare, x_TD.shape[1])
-    torch.index_select(x_TD, 0, plan.token_R, out=rows_RD[:R])
-    rows_RD[R:] = 0
-    return rows_RD
-
-
-def by_expert(plan: Plan, *rows_RX: Tensor) -> Iterator[tuple[int, int, tuple[Tensor, ...]]]:
-    """(e, N, its (N, X) part of each), rounded up by rows of the experts after it, which are written after it."""
-    start, to = 0, multiple(rows_RX[0])
-    for e, n in enumerate(plan.count_F.tolist()):
-        yield e, n, tuple(rows[start : start + -(-n // to) * to] for rows in rows_RX)
-        start += n
+def by_expert(plan: Plan, *rows_RX: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Each expert's (N, X) part of each."""
+    count_F = plan.count_F.tolist()
+    return zip(*(rows.split(count_F) for rows in rows_RX), strict=True)
 
 
 def sum_by_token(plan: Plan, rows_RD: Tensor, gates_TK: Tensor | None = None) -> Tensor:
@@ -72,51 +59,59 @@ class LoopedExperts(torch.autograd.Function):
         w_gate_up_FGD: Tensor,
         w_down_FDH: Tensor,
         plan: Plan,
+        with_backward: bool,
         *terms: Tensor,
     ) -> Tensor:
         H = w_down_FDH.shape[2]
-        x_RD = gather(x_TD, plan)
-        out_RD = torch.empty_like(x_RD)
-        activations: list[Tensor] = []
-        for e, n, (x_ND, out_ND) in by_expert(plan, x_RD, out_RD):
-            gate_up_NG = x_ND @ w_gate_up_FGD[e].T
-            silu_NH = F.silu(gate_up_NG[:, :H])
-            hidden_NH = silu_NH * gate_up_NG[:, H:]
-            hidden_NH[n:] = 0  # rows of others
-            torch.mm(hidden_NH, w_down_FDH[e].T, out=out_ND)
-            activations += gate_up_NG, silu_NH, hidden_NH  # to compute them again would take longer
+        x_RD = x_TD.index_select(0, plan.token_R)
+        gate_up_RG, out_RD = x_RD.new_empty(len(x_RD), 2 * H), torch.empty_like(x_RD)
+        for (x_ND, gate_up_NG), w_GD in zip(by_expert(plan, x_RD, gate_up_RG), w_gate_up_FGD, strict=True):
+            torch.mm(x_ND, w_GD.T, out=gate_up_NG)
+        gate_RH, up_RH = gate_up_RG.split(H, dim=1)
+        # up · silu'(gate): kept, like silu(gate) and the hidden rows, it leaves two products to the backward pass
+        slope_RH = torch.ops.aten.silu_backward(up_RH, gate_RH) if with_backward else None
+        silu_RH = F.silu(gate_RH, inplace=True)
+        hidden_RH = up_RH.mul_(silu_RH)
+        for (hidden_NH, out_ND), w_DH in zip(by_expert(plan, hidden_RH, out_RD), w_down_FDH, strict=True):
+            torch.mm(hidden_NH, w_DH.T, out=out_ND)
         y_TD = sum_by_token(plan, out_RD, gates_TK)
         if terms:
             scale_T, weights_TC, constants_CD = terms
             y_TD.addcmul_(x_TD, scale_T[:, None]).addmm_(weights_TC, constants_CD)
         ctx.plan = plan
-        ctx.save_for_backward(x_TD, gates_TK, w_gate_up_FGD, w_down_FDH, x_RD, out_RD, *activations, *terms)
+        ctx.save_for_backward(
+            x_TD, gates_TK, w_gate_up_FGD, w_down_FDH, x_RD, silu_RH, hidden_RH, slope_RH, out_RD, *terms
+        )
         return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
-        x_TD, gates_TK, w_gate_up_FGD, w_down_FDH, x_RD, out_RD, *more = ctx.saved_tensors
-        n_ffn, _, H = w_down_FDH.shape
-        activations, terms = more[: 3 * n_ffn], more[3 * n_ffn :]
-        R = len(plan.token_R)
-        grad_out_RD = gather(grad_TD, plan)
-        grad_gates_A = torch.zeros_like(gates_TK).flatten()
-        grad_gates_A[plan.assignment_R] = torch.linalg.vecdot(grad_out_RD[:R], out_RD[:R]).to(gates_TK.dtype)
-        grad_out_RD[:R].mul_(gates_TK.flatten()[plan.assignment_R, None])
-        grad_x_RD = torch.empty_like(x_RD)
+        x_TD, gates_TK, w_gate_up_FGD, w_down_FDH, x_RD, silu_RH, hidden_RH, slope_RH, out_RD, *terms = (
+            ctx.saved_tensors
+        )
+        grad_out_RD = grad_TD.index_select(0, plan.token_R)
+        grad_gate_R = torch.linalg.vecdot(grad_out_RD, out_RD)
+        gate_R = gates_TK.new_zeros(len(x_RD))  # of spare rows 0, which takes them out of all that follows
+        grad_gates_TK = torch.zeros_like(gates_TK)
+        row_R, _ = plan.by_token
+        gate_R[row_R] = gates_TK[plan.computed_TK]
+        grad_gates_TK[plan.computed_TK] = grad_gate_R[row_R].to(gates_TK.dtype)
+        grad_out_RD.mul_(gate_R[:, None])
+        grad_hidden_RH, grad_x_RD = torch.empty_like(slope_RH), torch.empty_like(x_RD)
+        for (grad_out_ND, grad_hidden_NH), w_DH in zip(
+            by_expert(plan, grad_out_RD, grad_hidden_RH), w_down_FDH, strict=True
+        ):
+            torch.mm(grad_out_ND, w_DH, out=grad_hidden_NH)
+        H = w_down_FDH.shape[2]
+        grad_gate_up_RG = x_RD.new_empty(len(x_RD), 2 * H)
+        torch.mul(grad_hidden_RH, slope_RH, out=grad_gate_up_RG[:, :H])
+        torch.mul(grad_hidden_RH, silu_RH, out=grad_gate_up_RG[:, H:])
         grad_w_gate_up_FGD, grad_w_down_FDH = torch.empty_like(w_gate_up_FGD), torch.empty_like(w_down_FDH)
-        for e, n, (x_ND, grad_out_ND, grad_x_ND) in by_expert(plan, x_RD, grad_out_RD, grad_x_RD):
-            gate_up_NG, silu_NH, hidden_NH = activations[3 * e : 3 * e + 3]
-            gate_NH, up_NH = gate_up_NG[:, :H], gate_up_NG[:, H:]
-            grad_hidden_NH = grad_out_ND @ w_down_FDH[e]
+        rows = by_expert(plan, x_RD, hidden_RH, grad_out_RD, grad_gate_up_RG, grad_x_RD)
+        for e, (x_ND, hidden_NH, grad_out_ND, grad_gate_up_NG, grad_x_ND) in enumerate(rows):
             torch.mm(grad_out_ND.T, hidden_NH, out=grad_w_down_FDH[e])
-            grad_gate_up_NG = torch.empty_like(gate_up_NG)
-            torch.mul(grad_hidden_NH, silu_NH, out=grad_gate_up_NG[:, H:])
-            grad_silu_NH = grad_hidden_NH.mul_(up_NH)
-            torch.ops.aten.silu_backward.grad_input(grad_silu_NH, gate_NH, grad_input=grad_gate_up_NG[:, :H])
-            grad_gate_up_NG[n:] = 0
             torch.mm(grad_gate_up_NG.T, x_ND, out=grad_w_gate_up_FGD[e])
             torch.mm(grad_gate_up_NG, w_gate_up_FGD[e], out=grad_x_ND)
         grad_x_TD = sum_by_token(plan, grad_x_RD)
@@ -125,4 +120,4 @@ class LoopedExperts(torch.autograd.Function):
             scale_T, weights_TC, constants_CD = terms
             grad_x_TD.addcmul_(grad_TD, scale_T[:, None])
             grad_terms = torch.linalg.vecdot(grad_TD, x_TD), grad_TD @ constants_CD.T, weights_TC.T @ grad_TD
-        return grad_x_TD, grad_gates_A.view_as(gates_TK), grad_w_gate_up_FGD, grad_w_down_FDH, None, *grad_terms
+        return grad_x_TD, grad_gates_TK, grad_w_gate_up_FGD, grad_w_down_FDH, None, None, *grad_terms

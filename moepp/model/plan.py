@@ -54,6 +54,17 @@ class Plan:
             computed_TK=computed_TK,
         )
 
+    def rounded_up(self, multiple: int) -> "Plan":
+        """The rows of each expert rounded up to a multiple. Spare rows are the first token's, of no assignment."""
+        spare_F = -self.count_F % multiple
+        before_F = spare_F.cumsum(0) - spare_F
+        row_R = torch.arange(len(self.token_R)) + before_F.repeat_interleave(self.count_F)
+        count_F = self.count_F + spare_F
+        assignment_R = row_R.new_zeros(int(count_F.sum())).index_copy_(0, row_R, self.assignment_R)
+        row_TK = self.row_TK.flatten().index_copy(0, self.assignment_R, row_R).view_as(self.row_TK)
+        token_R = assignment_R // row_TK.shape[1]
+        return Plan(count_F, assignment_R, token_R, row_TK, self.computed_TK)
+
     @cached_property
     def by_token(self) -> tuple[Tensor, Tensor]:
         """(R,) the rows in the order of their tokens, and (T,) where among them each token's begin."""

@@ -160,20 +160,21 @@ def test_cuda_step_never_waits_for_the_device(capacity_factor: float | None) -> 
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_in_bf16_rows_are_rounded_up_by_those_of_others_which_count_for_nothing() -> None:
+def test_in_bf16_rows_are_rounded_up_and_spare_ones_count_for_nothing() -> None:
     """On a CPU. An expert without tokens, one with a single one, and counts that are no multiples of 16."""
     torch.manual_seed(0)
     moe, T, D, H = MoEConfig(n_ffn=4, n_zero=1, n_copy=0, n_const=0), 70, 32, 24
     experts_TK = torch.stack((torch.arange(T) % 2 * 2, torch.full((T,), 4)), dim=1)  # experts 0 and 2, half each
     experts_TK[7, 0] = 3
-    routing = Routing(torch.zeros(T, 5), experts_TK, torch.rand(T, 2), torch.zeros(T, 5), None, moe)
+    gates_TK = torch.rand(T, 2, requires_grad=True)
+    routing = Routing(torch.zeros(T, 5), experts_TK, gates_TK, torch.zeros(T, 5), None, moe)
     exact = [torch.randn(T, D), torch.randn(4, 2 * H, D) / 8, torch.randn(4, D, H) / 8, torch.randn(T, D)]
     results = []
     for dtype in (torch.bfloat16, torch.float64):
         x_TD, w_gate_up, w_down, grad_TD = (value.bfloat16().to(dtype) for value in exact)
         inputs = [value.requires_grad_() for value in (x_TD, w_gate_up, w_down)]
         y_TD = experts.looped_experts(inputs[0], routing, *inputs[1:])
-        results.append([y_TD, *torch.autograd.grad(y_TD, inputs, grad_TD)])
+        results.append([y_TD, *torch.autograd.grad(y_TD, [*inputs, gates_TK], grad_TD)])
     for ours, expected in zip(*results, strict=True):
         assert (ours.double() - expected).norm() < 0.02 * expected.norm()
     for ours, expected in zip(results[0][2], results[1][2], strict=True):  # w_gate_up, expert by expert

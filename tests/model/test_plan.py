@@ -35,3 +35,24 @@ def test_whose_rows_are_whose(computed: str, surplus: int | None) -> None:
     for add in (sum_by_token, gather_sum) if surplus is not None else (sum_by_token,):
         torch.testing.assert_close(add(plan, values_RD), sums_TD)
         torch.testing.assert_close(add(plan, values_RD, gates_TK), weighted_TD)
+
+
+@pytest.mark.parametrize("computed", ["some", "none", "all"])
+def test_rounded_up(computed: str) -> None:
+    """Counts are multiples, the rows that tokens have stay in order, spare ones belong to nobody."""
+    torch.manual_seed(0)
+    experts_TK = torch.stack([torch.randperm(6)[:2] for _ in range(9)])
+    computed_TK = {"some": experts_TK < 4, "none": experts_TK < 0, "all": experts_TK < 6}[computed]
+    exact = Plan.of(experts_TK, computed_TK, 6)
+    plan = exact.rounded_up(4)
+    assert plan.count_F.tolist() == [-(-n // 4) * 4 for n in exact.count_F.tolist()]
+    assert len(plan.token_R) == plan.count_F.sum()
+    rows, expected = (one.assignment_R.split(one.count_F.tolist()) for one in (plan, exact))
+    for assignment_N, expected_N in zip(rows, expected, strict=True):
+        assert torch.equal(assignment_N[: len(expected_N)], expected_N)
+    assert plan.token_R.tolist() == (plan.assignment_R // 2).tolist()
+    assert plan.assignment_R[plan.row_TK[computed_TK]].tolist() == computed_TK.flatten().nonzero()[:, 0].tolist()
+    assert torch.equal(plan.computed_TK, computed_TK)
+    values_RD = torch.full((len(plan.token_R), 3), float("nan"))
+    values_RD[plan.row_TK[computed_TK]] = 1.0
+    torch.testing.assert_close(sum_by_token(plan, values_RD)[:, 0], computed_TK.sum(1).float())
