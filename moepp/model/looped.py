@@ -20,9 +20,7 @@ from torch.autograd.function import once_differentiable
 from .plan import Plan
 from .router import Routing
 
-# What the rows of an expert are rounded up to. oneDNN, which computes bf16 on a CPU, compiles a kernel for each
-# shape that it meets, and no two steps send an expert as many tokens: a fifth of a step's time.
-MULTIPLE = {torch.bfloat16: 16}
+MULTIPLE = 16  # of an expert's rows, for oneDNN
 
 
 @torch.compiler.disable
@@ -32,15 +30,18 @@ def looped_experts(
     """(T, D): the gate-weighted sum of the FFN experts' outputs, and onto that, where there are `terms`
     (experts.Terms), s·x + W·V."""
     # its row counts differ from step to step, which a compiled graph would be specialised on again and again
-    plan = Plan.of(routing.experts, routing.computed(), len(w_down_FDH)).rounded_up(MULTIPLE.get(x_TD.dtype, 1))
+    plan = Plan.of(routing.experts, routing.computed(), len(w_down_FDH))
+    if x_TD.dtype == torch.bfloat16 and not x_TD.is_cuda:
+        # oneDNN compiles a kernel for each shape that it meets, and no two steps send an expert as many tokens: a
+        # fifth of a step's time
+        plan = plan.rounded_up(MULTIPLE)
     with_backward = torch.is_grad_enabled()  # which `forward` itself would never see
     return LoopedExperts.apply(x_TD, routing.gates, w_gate_up_FGD, w_down_FDH, plan, with_backward, *terms)
 
 
 def by_expert(plan: Plan, *rows_RX: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Each expert's (N, X) part of each."""
-    count_F = plan.count_F.tolist()
-    return zip(*(rows.split(count_F) for rows in rows_RX), strict=True)
+    return zip(*(rows.split(plan.counts) for rows in rows_RX), strict=True)
 
 
 def sum_by_token(plan: Plan, rows_RD: Tensor, gates_TK: Tensor | None = None) -> Tensor:
@@ -93,7 +94,7 @@ class LoopedExperts(torch.autograd.Function):
         )
         grad_out_RD = grad_TD.index_select(0, plan.token_R)
         grad_gate_R = torch.linalg.vecdot(grad_out_RD, out_RD)
-        gate_R = gates_TK.new_zeros(len(x_RD))  # of spare rows 0, which takes them out of all that follows
+        gate_R = gates_TK.new_zeros(len(x_RD))  # of spare rows 0: finite as they are, they count for nothing
         grad_gates_TK = torch.zeros_like(gates_TK)
         row_R, _ = plan.by_token
         gate_R[row_R] = gates_TK[plan.computed_TK]

@@ -120,8 +120,10 @@ def nll_and_gradient(logits_NV: Tensor, targets_N1: Tensor) -> tuple[Tensor, Ten
     for logits, targets in zip(logits_NV.split(n), targets_N1.split(n), strict=True):
         probs = logits.softmax(-1, dtype=dtype)
         nll_of_row = -probs.gather(1, targets).log()
-        if logits.is_cuda or nll_of_row.max() > UNDERFLOW:  # a GPU would have to be waited for to know
-            nll_of_row = F.cross_entropy(logits.to(dtype), targets[:, 0], reduction="none")[:, None]
+        if logits.is_cuda or nll_of_row.max() > UNDERFLOW:  # a GPU is not asked: one would have to wait for it
+            # the largest probability is 1 / sum of exp(score - largest score)
+            largest, largest_prob = logits.amax(-1, keepdim=True), probs.amax(-1, keepdim=True)
+            nll_of_row = largest - largest_prob.log() - logits.gather(1, targets)
         # p - 1 there; into float32, as to scatter into bf16 takes a CPU 6 ms
         logits.copy_(probs.scatter_(1, targets, torch.expm1(-nll_of_row)))
         nll += nll_of_row.sum()

@@ -19,7 +19,7 @@ class Plan:
 
     Attributes:
         count_F: (F,) int64, rows of each expert.
-        assignment_R: (R,) the assignment (t·K + k) of each row.
+        assignment_R: (R,) the assignment (t·K + k) of each row; of spare rows (`rounded_up`) 0.
         token_R: (R,) the token of each row.
         row_TK: (T, K) the row of each assignment that is computed, 0 for the others.
         computed_TK: (T, K) bool, where some FFN expert computes the assignment.
@@ -58,12 +58,18 @@ class Plan:
         """The rows of each expert rounded up to a multiple. Spare rows are the first token's, of no assignment."""
         spare_F = -self.count_F % multiple
         before_F = spare_F.cumsum(0) - spare_F
-        row_R = torch.arange(len(self.token_R)) + before_F.repeat_interleave(self.count_F)
+        row_R = before_F.repeat_interleave(self.count_F)
+        row_R += torch.arange(len(row_R), device=row_R.device)
         count_F = self.count_F + spare_F
         assignment_R = row_R.new_zeros(int(count_F.sum())).index_copy_(0, row_R, self.assignment_R)
         row_TK = self.row_TK.flatten().index_copy(0, self.assignment_R, row_R).view_as(self.row_TK)
         token_R = assignment_R // row_TK.shape[1]
         return Plan(count_F, assignment_R, token_R, row_TK, self.computed_TK)
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """`count_F` for the host, which waits for it."""
+        return self.count_F.tolist()
 
     @cached_property
     def by_token(self) -> tuple[Tensor, Tensor]:

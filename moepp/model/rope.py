@@ -22,29 +22,35 @@ def rope_table(config: TransformerConfig) -> Tensor:
 
 
 def rotate(x_BNSd: Tensor, rope_2Sd: Tensor) -> Tensor:
-    """Turn each pair by its position's angle, in float32 at least."""
+    """Turn each pair by its position's angle, in the dtype of x or of the table, whichever is finer."""
+    if x_BNSd.is_cuda or torch.compiler.is_compiling():
+        return turned(x_BNSd, *rope_2Sd)
     return Rotated.apply(x_BNSd, *rope_2Sd)
 
 
+def turned(x_BNSd: Tensor, cos_Sd: Tensor, signed_sin_Sd: Tensor) -> Tensor:
+    other = x_BNSd.roll(x_BNSd.shape[-1] // 2, dims=-1)  # of each pair
+    return torch.addcmul(x_BNSd * cos_Sd, other, signed_sin_Sd).to(x_BNSd.dtype)
+
+
 class Rotated(torch.autograd.Function):
-    """One function, as gradients come from attention transposed: autograd's own chain would mix their strides with
-    others in every operation, which cost a CPU 4 % of a training step in bf16 (recipes/results/LOG.md).
+    """The same for a CPU. Gradients come from attention transposed: autograd's own chain would mix their strides
+    with others in every operation, which cost 4 % of a training step in bf16 (recipes/results/LOG.md).
     """
 
     @staticmethod
     def forward(ctx: Any, x_BNSd: Tensor, cos_Sd: Tensor, signed_sin_Sd: Tensor) -> Tensor:
         ctx.save_for_backward(cos_Sd, signed_sin_Sd)
-        return turned(x_BNSd, cos_Sd, signed_sin_Sd)
+        return turned(contiguous(x_BNSd, cos_Sd), cos_Sd, signed_sin_Sd).to(x_BNSd.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BNSd: Tensor) -> tuple[Tensor, None, None]:
         cos_Sd, signed_sin_Sd = ctx.saved_tensors
-        return turned(grad_BNSd, cos_Sd, -signed_sin_Sd), None, None
+        return turned(contiguous(grad_BNSd, cos_Sd), cos_Sd, -signed_sin_Sd).to(grad_BNSd.dtype), None, None
 
 
-def turned(x_BNSd: Tensor, cos_Sd: Tensor, signed_sin_Sd: Tensor) -> Tensor:
-    dtype = torch.promote_types(x_BNSd.dtype, cos_Sd.dtype)
-    x = x_BNSd.to(dtype, memory_format=torch.contiguous_format)
-    other = x.roll(x.shape[-1] // 2, dims=-1)  # of each pair
-    return (x * cos_Sd).addcmul_(other, signed_sin_Sd).to(x_BNSd.dtype)
+def contiguous(x_BNSd: Tensor, table_Sd: Tensor) -> Tensor:
+    """In the dtype of what is to be computed, so that it is copied once."""
+    dtype = torch.promote_types(x_BNSd.dtype, table_Sd.dtype)
+    return x_BNSd.to(dtype, memory_format=torch.contiguous_format)

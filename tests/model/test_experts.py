@@ -127,8 +127,9 @@ def test_the_loop_is_chosen_on_a_cpu() -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("bf16", [True, False])  # by grouped products, in the loop
 @pytest.mark.parametrize("moe", [MoEConfig(), MoEConfig(n_zero=0, n_copy=0, n_const=0, gating_residual=False)])
-def test_cuda_equals_cpu(moe: MoEConfig) -> None:
+def test_cuda_equals_cpu(moe: MoEConfig, bf16: bool) -> None:
     torch.manual_seed(0)
     layer, x = MoELayer(64, 128, moe), torch.randn(300, 64)
     y, routing = layer(x)
@@ -136,7 +137,7 @@ def test_cuda_equals_cpu(moe: MoEConfig) -> None:
     cpu = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
     layer.zero_grad()
     layer.cuda()
-    with torch.autocast("cuda", torch.bfloat16):
+    with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
         y_cuda, routing = layer(x.cuda())
         (y_cuda.float().square().sum() + routing.load_balance_loss()).backward()
     assert (y_cuda.cpu().float() - y).norm() / y.norm() < 2e-2
