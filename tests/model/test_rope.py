@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moepp.model import TransformerConfig
-from moepp.model.rope import rope_table, rotate
+from moepp.model.rope import rope_table, rotate, turned
 
 
 def by_complex_numbers(x_BNSd: torch.Tensor, rope_theta: float) -> torch.Tensor:
@@ -34,5 +34,10 @@ def test_pairs_are_turned_and_gradients_turned_back(transposed: bool) -> None:
 def test_bf16_is_turned_in_float32() -> None:
     torch.manual_seed(0)
     table = rope_table(TransformerConfig(8, 1, 24, 8, 4, context_length=7))
-    x = torch.randn(2, 4, 7, 6).bfloat16()
-    assert torch.equal(rotate(x, table), rotate(x.float(), table).bfloat16())
+    x, grad = (torch.randn(2, 4, 7, 6).bfloat16() for _ in range(2))
+    x.requires_grad_()
+    ours, on_a_gpu = rotate(x, table), turned(x, *table)
+    assert torch.equal(ours, rotate(x.float(), table).bfloat16())
+    assert torch.equal(ours, on_a_gpu)
+    backward = (torch.autograd.grad(y, x, grad)[0] for y in (ours, on_a_gpu))
+    torch.testing.assert_close(*backward, rtol=2e-2, atol=2e-2)  # autograd adds up in bf16
