@@ -44,6 +44,14 @@ def by_expert(plan: Plan, *rows_RX: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(rows.split(plan.counts) for rows in rows_RX), strict=True)
 
 
+def products(plan: Plan, rows_RX: Tensor, w_FXY: Tensor) -> Tensor:
+    """(R, Y): each expert's rows times its weights."""
+    out_RY = rows_RX.new_empty(len(rows_RX), w_FXY.shape[2])
+    for (rows_NX, out_NY), w_XY in zip(by_expert(plan, rows_RX, out_RY), w_FXY, strict=True):
+        torch.mm(rows_NX, w_XY, out=out_NY)
+    return out_RY
+
+
 def sum_by_token(plan: Plan, rows_RD: Tensor, gates_TK: Tensor | None = None) -> Tensor:
     """(T, D): the sum of each token's rows, weighted by gates. A row is read once, nothing is zeroed first."""
     row_R, first_T = plan.by_token
@@ -65,16 +73,12 @@ class LoopedExperts(torch.autograd.Function):
     ) -> Tensor:
         H = w_down_FDH.shape[2]
         x_RD = x_TD.index_select(0, plan.token_R)
-        gate_up_RG, out_RD = x_RD.new_empty(len(x_RD), 2 * H), torch.empty_like(x_RD)
-        for (x_ND, gate_up_NG), w_GD in zip(by_expert(plan, x_RD, gate_up_RG), w_gate_up_FGD, strict=True):
-            torch.mm(x_ND, w_GD.T, out=gate_up_NG)
-        gate_RH, up_RH = gate_up_RG.split(H, dim=1)
+        gate_RH, up_RH = products(plan, x_RD, w_gate_up_FGD.mT).split(H, dim=1)
         # up · silu'(gate): kept, like silu(gate) and the hidden rows, it leaves two products to the backward pass
         slope_RH = torch.ops.aten.silu_backward(up_RH, gate_RH) if with_backward else None
         silu_RH = F.silu(gate_RH, inplace=True)
         hidden_RH = up_RH.mul_(silu_RH)
-        for (hidden_NH, out_ND), w_DH in zip(by_expert(plan, hidden_RH, out_RD), w_down_FDH, strict=True):
-            torch.mm(hidden_NH, w_DH.T, out=out_ND)
+        out_RD = products(plan, hidden_RH, w_down_FDH.mT)
         y_TD = sum_by_token(plan, out_RD, gates_TK)
         if terms:
             scale_T, weights_TC, constants_CD = terms
@@ -100,13 +104,9 @@ class LoopedExperts(torch.autograd.Function):
         gate_R[row_R] = gates_TK[plan.computed_TK]
         grad_gates_TK[plan.computed_TK] = grad_gate_R[row_R].to(gates_TK.dtype)
         grad_out_RD.mul_(gate_R[:, None])
-        grad_hidden_RH, grad_x_RD = torch.empty_like(slope_RH), torch.empty_like(x_RD)
-        for (grad_out_ND, grad_hidden_NH), w_DH in zip(
-            by_expert(plan, grad_out_RD, grad_hidden_RH), w_down_FDH, strict=True
-        ):
-            torch.mm(grad_out_ND, w_DH, out=grad_hidden_NH)
+        grad_hidden_RH = products(plan, grad_out_RD, w_down_FDH)
         H = w_down_FDH.shape[2]
-        grad_gate_up_RG = x_RD.new_empty(len(x_RD), 2 * H)
+        grad_gate_up_RG, grad_x_RD = x_RD.new_empty(len(x_RD), 2 * H), torch.empty_like(x_RD)
         torch.mul(grad_hidden_RH, slope_RH, out=grad_gate_up_RG[:, :H])
         torch.mul(grad_hidden_RH, silu_RH, out=grad_gate_up_RG[:, H:])
         grad_w_gate_up_FGD, grad_w_down_FDH = torch.empty_like(w_gate_up_FGD), torch.empty_like(w_down_FDH)

@@ -41,16 +41,17 @@ class Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BNSd: Tensor, cos_Sd: Tensor, signed_sin_Sd: Tensor) -> Tensor:
         ctx.save_for_backward(cos_Sd, signed_sin_Sd)
-        return turned(contiguous(x_BNSd, cos_Sd), cos_Sd, signed_sin_Sd).to(x_BNSd.dtype)
+        return turned_as_copied(x_BNSd, cos_Sd, signed_sin_Sd)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BNSd: Tensor) -> tuple[Tensor, None, None]:
         cos_Sd, signed_sin_Sd = ctx.saved_tensors
-        return turned(contiguous(grad_BNSd, cos_Sd), cos_Sd, -signed_sin_Sd).to(grad_BNSd.dtype), None, None
+        return turned_as_copied(grad_BNSd, cos_Sd, -signed_sin_Sd), None, None
 
 
-def contiguous(x_BNSd: Tensor, table_Sd: Tensor) -> Tensor:
-    """In the dtype of what is to be computed, so that it is copied once."""
-    dtype = torch.promote_types(x_BNSd.dtype, table_Sd.dtype)
-    return x_BNSd.to(dtype, memory_format=torch.contiguous_format)
+def turned_as_copied(x_BNSd: Tensor, cos_Sd: Tensor, signed_sin_Sd: Tensor) -> Tensor:
+    """Of a contiguous copy, which is in the dtype that is computed in, so that there is only one."""
+    dtype = torch.promote_types(x_BNSd.dtype, cos_Sd.dtype)
+    copy_BNSd = x_BNSd.to(dtype, memory_format=torch.contiguous_format)
+    return turned(copy_BNSd, cos_Sd, signed_sin_Sd).to(x_BNSd.dtype)

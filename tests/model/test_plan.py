@@ -8,13 +8,18 @@ from moepp.model.looped import sum_by_token
 from moepp.model.plan import Plan
 
 
+def assignments(computed: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(9, 2) experts out of six, and which of them are computed."""
+    torch.manual_seed(0)
+    experts_TK = torch.stack([torch.randperm(6)[:2] for _ in range(9)])
+    return experts_TK, {"some": experts_TK < 4, "none": experts_TK < 0, "all": experts_TK < 6}[computed]
+
+
 @pytest.mark.parametrize("surplus", [None, 0, 3])
 @pytest.mark.parametrize("computed", ["some", "none", "all"])
 def test_whose_rows_are_whose(computed: str, surplus: int | None) -> None:
     """`surplus`: rows that the device has beyond those that are computed; None where the host counts them."""
-    torch.manual_seed(0)
-    experts_TK = torch.stack([torch.randperm(6)[:2] for _ in range(9)])
-    computed_TK = {"some": experts_TK < 4, "none": experts_TK < 0, "all": experts_TK < 6}[computed]
+    experts_TK, computed_TK = assignments(computed)
     n_rows = int(computed_TK.sum())
     plan = Plan.of(experts_TK, computed_TK, 6, None if surplus is None else n_rows + surplus)
     assert len(plan.token_R) == (n_rows if surplus is None else min(18, max(1, n_rows + surplus)))
@@ -40,9 +45,7 @@ def test_whose_rows_are_whose(computed: str, surplus: int | None) -> None:
 @pytest.mark.parametrize("computed", ["some", "none", "all"])
 def test_rounded_up(computed: str) -> None:
     """Counts are multiples, the rows that tokens have stay in order, spare ones belong to nobody."""
-    torch.manual_seed(0)
-    experts_TK = torch.stack([torch.randperm(6)[:2] for _ in range(9)])
-    computed_TK = {"some": experts_TK < 4, "none": experts_TK < 0, "all": experts_TK < 6}[computed]
+    experts_TK, computed_TK = assignments(computed)
     exact = Plan.of(experts_TK, computed_TK, 6)
     plan = exact.rounded_up(4)
     assert plan.count_F.tolist() == [-(-n // 4) * 4 for n in exact.count_F.tolist()]
