@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from .errors import InputError
 
-LARGEST = 1e9  # of any number here: nobody means more, and float32 would not hold its square's square
+LARGEST = 1e9  # of any number here: nobody means more
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
 
 
@@ -82,13 +82,12 @@ class MoEConfig:
             ("logits_norm_std", std is None or std > 0, "must be positive"),
             ("logits_norm_std", std is None or self.n_experts > 1, "needs two experts or more"),
         ]
-        if self.ffn_budget is not None:
-            require(
-                self.n_zero_computation > 0, "moe.ffn_budget", self.ffn_budget, "needs zero-computation experts"
-            )
-            self.require_budget(self.ffn_budget)
         for name, ok, rule in rules:
             require(ok, f"moe.{name}", getattr(self, name), rule)
+        if self.ffn_budget is not None:
+            some = self.n_zero_computation > 0
+            require(some, "moe.ffn_budget", self.ffn_budget, "needs zero-computation experts")
+            self.require_budget(self.ffn_budget)
 
     def require_budget(self, ffn_per_token: float, name: str = "moe.ffn_budget") -> None:
         """Raise an InputError for a budget that no choice of K experts can spend."""
@@ -227,7 +226,8 @@ def require_types(config: Any, part: str) -> None:
         name, value = f"{part}.{field.name}", getattr(config, field.name)
         kinds = get_args(field.type) or (field.type,)  # of a Literal its values, of `int | None`, of `int`
         if get_origin(field.type) is Literal:
-            require(value in kinds, name, value, "must be " + " or ".join(map(str, kinds)))
+            known = value in kinds and type(value) is type(kinds[0])  # True equals 1
+            require(known, name, value, "must be " + " or ".join(map(str, kinds)))
             continue
         fits = type(value) in kinds or (type(value) is int and float in kinds)
         require(fits, name, repr(value), "must be " + " or ".join(KINDS[kind] for kind in kinds))

@@ -48,13 +48,13 @@ def add_zero_computation(
     require(old.logits_norm_std is None, "moe.logits_norm_std", old.logits_norm_std, "must be null to add experts")
     require(noise >= 0, "noise", noise, "must not be negative")
     moe = with_added(replace(old, gating_residual=True), n_zero, n_copy, n_const, ffn_per_token)
-    torch.manual_seed(seed)
-    new = Transformer(model.config, moe)
-    for name, parameter in model.named_parameters():
-        if ".router." not in name:
-            new.get_parameter(name).copy_(parameter)
-    for old_router, new_router in zip(routers(model), routers(new), strict=True):
-        add_rows(old_router, new_router, noise)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        new = Transformer(model.config, moe)
+        for old_router, new_router in zip(routers(model), routers(new), strict=True):
+            add_rows(old_router, new_router, noise)
+    copy_all_but_routers(model, new)
+    set_bias(new, SILENT)
     return new.eval()
 
 
@@ -74,15 +74,14 @@ def with_added(
     if n_zero is None:
         n_zero = 0 if n_copy or n_const else max(1, old.top_k - 1)
     require(n_zero + n_copy + n_const > 0, "n_zero", n_zero, "must be positive, or n_copy or n_const")
-    ffn_per_token = 2 / 3 * old.top_k if ffn_per_token is None else ffn_per_token
-    possible = 0 < ffn_per_token < old.top_k
-    require(possible, "ffn_per_token", ffn_per_token, f"must be above 0 and below top_k={old.top_k}")
     moe = replace(old, n_zero=n_zero, n_copy=n_copy, n_const=n_const, balance_groups=True, score_bias=True)
+    ffn_per_token = 2 / 3 * old.top_k if ffn_per_token is None else ffn_per_token
+    moe.require_budget(ffn_per_token, "ffn_per_token")
     return replace(moe, tau=moe.tau_for(ffn_per_token))
 
 
 def add_rows(old: Router, new: Router, noise: float) -> None:
-    """Set the weights of `new`, which knows more experts, so that it routes as `old` does."""
+    """Set the weights of `new`, which knows more experts, so that it scores the others as `old` does."""
     n_old, rows_ED = old.moe.n_experts, old.weights[0]
     new.weights[0][:n_old] = rows_ED
     new.weights[0][n_old:] = added_rows(rows_ED, new.moe.n_experts - n_old, noise)
@@ -90,8 +89,6 @@ def add_rows(old: Router, new: Router, noise: float) -> None:
         new.residual.zero_()
         if old.residual is not None:
             new.residual[:n_old, :n_old] = old.residual
-    if new.bias is not None:
-        new.bias.fill_(SILENT)
 
 
 def added_rows(rows_ED: Tensor, n_added: int, noise: float, generator: torch.Generator | None = None) -> Tensor:
@@ -123,10 +120,16 @@ def upcycle(model: Transformer, n_ffn: int, top_k: int = 2, seed: int = 0) -> Tr
     old = model.moe_config
     require(old.n_experts == 1, "moe.n_ffn", old.n_experts, "must be 1, a dense model, to make experts of")
     require(n_ffn > 1, "n_ffn", n_ffn, "must be at least 2")
-    torch.manual_seed(seed)
-    # the gates of a single expert are 1 either way, those of equal experts have to add up to it
-    new = Transformer(model.config, replace(old, n_ffn=n_ffn, top_k=top_k, renormalize=True))
-    for name, parameter in model.named_parameters():
-        if ".router." not in name:
-            new.get_parameter(name).copy_(parameter)  # of experts: to all of them
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # the gates of a single expert are 1 either way, those of equal experts have to add up to it
+        new = Transformer(model.config, replace(old, n_ffn=n_ffn, top_k=top_k, renormalize=True))
+    copy_all_but_routers(model, new)
     return new.eval()
+
+
+def copy_all_but_routers(old: Transformer, new: Transformer) -> None:
+    """A single expert's weights are copied to all of several."""
+    for name, parameter in old.named_parameters():
+        if ".router." not in name:
+            new.get_parameter(name).copy_(parameter)

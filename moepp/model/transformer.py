@@ -144,12 +144,12 @@ class Transformer(nn.Module):
         Raises:
             InputError: no choice can spend that, or the model has no margins' quantiles of a training with one.
         """
-        self.moe_config.require_budget(ffn_per_token, "ffn_budget")
         if self.budget is None or self.budget.steps == 0:
             raise InputError(
                 "ffn_budget: only what was trained with one (model.moe.ffn_budget), and still has its margins' "
                 "quantiles, can be given another"
             )
+        self.moe_config.require_budget(ffn_per_token, "ffn_budget")
         self.budget.spend(ffn_per_token)
 
     def forward(self, tokens_BS: Tensor, caches: list[KVCache] | None = None) -> Output:

@@ -89,7 +89,8 @@ def read_list(path: Path) -> list[Domain]:
             reader, wheel = readers[entry["reader"]], None
             if inspect.signature(reader).parameters:
                 wheel = Wheel(str(entry["package"]), path.parent / "cache" / entry["wheel"], str(entry["sha256"]))
-            domains.append(Domain(str(name), reader, wheel, float(entry.get("cap") or math.inf)))
+            cap = entry.get("cap")
+            domains.append(Domain(str(name), reader, wheel, math.inf if cap is None else float(cap)))
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise InputError(
                 f"{path}: {name} must be an entry like those of data/corpus.yaml, with one of the readers "

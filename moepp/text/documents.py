@@ -71,7 +71,10 @@ def open_source(path: str) -> Source:
 
 def open_list(path: Path) -> Source:
     domains = read_list(path)
-    fingerprint = {"list": path.read_text(encoding="utf-8")}
+    fingerprint = {
+        "list": path.read_text(encoding="utf-8"),
+        "readers": path.with_name("readers.py").read_text(encoding="utf-8"),
+    }
     if any(domain.wheel is None for domain in domains):  # its text is that of the Python that runs
         fingerprint["python"] = platform.python_version()
 

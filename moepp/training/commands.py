@@ -164,6 +164,8 @@ def convert(
         model = upcycle(model, n_ffn, top_k, seed)
     if n_ffn is None or n_zero or n_copy or n_const:
         model = add_zero_computation(model, n_zero, n_copy, n_const, ffn_per_token, noise, seed)
+    else:
+        require(ffn_per_token is None, "ffn_per_token", ffn_per_token, "needs experts to be added")
     write_model(out, model, *loaded.origin)
 
 

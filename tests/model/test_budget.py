@@ -138,7 +138,7 @@ def test_a_batch_of_one_sequence_goes_by_the_batches_before_and_repays_its_debts
     for n in range(200):
         scores_TE = torch.randn(4096, 12, generator=generator)
         scores_TE[:, :8] += 0.02 * n
-        bias = router.bias_of_choice(scores_TE, 1)
+        bias = router.budget_bias(scores_TE, 1)
         assert bias is not None
         assert bias.dim() == 0
         routing = routing_of(scores_TE, moe, router.biased(scores_TE, bias))

@@ -22,6 +22,10 @@ from moepp.model import InputError, MoEConfig, Transformer, TransformerConfig
         ({"n_copy": None}, "moe.n_copy: must be a whole number, got None"),
         ({"capacity_factor": "1"}, "moe.capacity_factor: must be a number or null, got '1'"),
         ({"gating_residual": 1}, "moe.gating_residual: must be true or false, got 1"),
+        ({"router_depth": True}, "moe.router_depth: must be 1 or 2, got True"),
+        ({"router_depth": 2.0}, "moe.router_depth: must be 1 or 2, got 2.0"),
+        ({"n_zero": -3, "ffn_budget": 1.0}, "moe.n_zero: must not be negative, got -3"),
+        ({"top_k": 99, "ffn_budget": 1.0}, "moe.top_k: must not exceed the 12 experts, got 99"),
         (
             {"n_ffn": 1, "n_zero": 0, "n_copy": 0, "n_const": 0, "top_k": 1, "logits_norm_std": 1.0},
             "moe.logits_norm_std: needs two experts or more, got 1.0",

@@ -25,8 +25,9 @@ def vanilla(**options: Any) -> Transformer:
 def test_a_converted_model_computes_the_same(
     added: dict, options: dict, dtype: torch.dtype, tolerance: float
 ) -> None:
-    model = vanilla(**options)
+    model, random_state = vanilla(**options), torch.get_rng_state()
     converted = add_zero_computation(model, **{"n_zero": 0} | added).to(dtype)
+    assert torch.equal(torch.get_rng_state(), random_state)
     expected, found = model.to(dtype)(TOKENS), converted(TOKENS)
     largest = expected.logits.abs().max().item()
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=tolerance * largest)
@@ -81,6 +82,7 @@ def test_an_upcycled_model_computes_the_same(renormalize: bool) -> None:
         (lambda: add_zero_computation(vanilla(router_depth=2), 1), "moe.router_depth: must be 1"),
         (lambda: add_zero_computation(vanilla(logits_norm_std=1.0), 1), "moe.logits_norm_std: must be null"),
         (lambda: add_zero_computation(vanilla(), 1, noise=-1), "noise: must not be negative"),
+        (lambda: add_zero_computation(vanilla(), 1, ffn_per_token=1.0), "ffn_per_token: must be above 1"),
         (lambda: upcycle(vanilla(), 4), "moe.n_ffn: must be 1"),
         (lambda: upcycle(vanilla(n_ffn=1, top_k=1), 1), "n_ffn: must be at least 2"),
         (lambda: upcycle(vanilla(n_ffn=1, top_k=1), 2, top_k=3), "moe.top_k: must not exceed"),

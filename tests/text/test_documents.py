@@ -160,6 +160,17 @@ def test_fingerprint_changes_with_the_text_and_costs_no_reading(
     assert open_source(str(file)).fingerprint != first
 
 
+@pytest.mark.parametrize("changed", ["list.yaml", "readers.py"])
+def test_fingerprint_of_a_list_changes_with_the_list_and_with_its_readers(tmp_path: Path, changed: str) -> None:
+    (tmp_path / "list.yaml").write_text("a: {reader: talk}\n")
+    (tmp_path / "readers.py").write_text("def talk():\n    yield 'one'\n")
+    first = open_source(str(tmp_path / "list.yaml")).fingerprint
+    assert open_source(str(tmp_path / "list.yaml")).fingerprint == first
+    with (tmp_path / changed).open("a") as file:
+        file.write("# changed\n")
+    assert open_source(str(tmp_path / "list.yaml")).fingerprint != first
+
+
 @pytest.mark.parametrize(
     ("make", "parts"),
     [

@@ -126,11 +126,17 @@ def test_a_teacher_pulls_and_is_no_part_of_the_model(
     assert all(float(row["train/gradient_norm"]) < 1e-4 for row in read_csv(start / "equal"))
 
 
-def test_a_dense_model_becomes_experts(start: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dense_model_becomes_experts(
+    start: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(start)
     dense = ["--model.moe.n_ffn=1", "--model.moe.top_k=1", "--trainer.max_steps=2"]
     assert main(["fit", *tiny(text_file, VANILLA), *dense, "--trainer.default_root_dir=dense"]) == 0
-    assert main(["convert", "dense/checkpoints/step-00000002.ckpt", "sparse.ckpt", "--n_ffn=4"]) == 0
+    convert = ["convert", "dense/checkpoints/step-00000002.ckpt", "sparse.ckpt", "--n_ffn=4"]
+    assert main([*convert, "--ffn_per_token=1"]) == 2
+    assert "ffn_per_token: needs experts to be added" in capsys.readouterr().err
+    assert not Path("sparse.ckpt").exists()
+    assert main(convert) == 0
     moe = load("sparse.ckpt").model.moe_config
     assert (moe.n_ffn, moe.top_k, moe.n_zero_computation) == (4, 2, 0)
     assert main(further(text_file, "--model.init_from=sparse.ckpt", "--trainer.default_root_dir=sparse")) == 0
@@ -159,7 +165,7 @@ def test_what_is_refused(
         (further(text_file, "--model.distill.weight=2"), "distill.weight: must be between 0 and 1"),
         (["convert", "converted.ckpt", "new.ckpt"], "has 3 zero-computation experts already"),
         (["convert", "vanilla.ckpt", "converted.ckpt"], "exists already"),
-        (["convert", "vanilla.ckpt", "new.ckpt", "--ffn_per_token=2"], "ffn_per_token: must be above 0 and below"),
+        (["convert", "vanilla.ckpt", "new.ckpt", "--ffn_per_token=2"], "ffn_per_token: must be above 1 and below"),
         (["convert", "vanilla.ckpt", "new.ckpt", "--n_ffn=4"], "moe.n_ffn: must be 1"),
     ):
         assert main(arguments) == 2
