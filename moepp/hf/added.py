@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from moepp.model import InputError
-from moepp.model.weights import Shards
+from moepp.model.weights import FolderTensors
 
 from .modules import SwappedBlock
 from .vanilla import TENSORS
@@ -22,7 +22,7 @@ def load_added(model: nn.Module, folder: str | Path) -> None:
     Raises:
         InputError: a tensor is missing, or of another shape.
     """
-    tensors = Shards(Path(folder))
+    tensors = FolderTensors(Path(folder))
     for block_name, block in model.named_modules():
         if not isinstance(block, SwappedBlock):
             continue

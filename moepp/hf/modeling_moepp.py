@@ -41,7 +41,7 @@ class MoeppRouter(nn.Module):
         self.residual = nn.Parameter(torch.empty(E, E)) if config.gating_residual and not first else None
         # (), on the scores of zero-computation experts
         self.register_buffer("bias", torch.zeros(()) if config.score_bias else None)
-        # (2,), likewise, for the choice alone: in training on one sequence at a time, and in evaluation
+        # (2,), likewise, for the choice alone: [1] in evaluation, [0] for moepp
         self.register_buffer("choice_bias", torch.zeros(2) if config.ffn_budget is not None else None)
 
     def forward(self, x_TD: Tensor, previous_logits_TE: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

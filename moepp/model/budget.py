@@ -65,7 +65,8 @@ class Budget(nn.Module):
 
     @torch.no_grad()
     def step(self, ffn_per_token: float, mean_over_devices: Callable[[Tensor], Tensor]) -> None:
-        """Learn from what a step observed, whose budget this was. What is not finite is left out."""
+        """Update quantiles and debt after a step that was to spend `ffn_per_token`. Quantiles that are not finite
+        are left out."""
         figures_LF = mean_over_devices(torch.stack(self.pending).mean(0)).to(self.quantiles_LQ)
         now_LQ, spent_L1 = figures_LF.split((QUANTILES, 1), dim=1)
         self.pending.clear()

@@ -80,13 +80,13 @@ class FFNExperts(nn.Module):
     def spread(self, x_TD: Tensor, routing: Routing, ranks: dist.ProcessGroup, terms: Terms | None) -> Tensor:
         """The same with experts on other ranks (dispatch.py)."""
         dispatcher = Dispatcher(routing, ranks)
-        w_gate_up, w_down = (seen_by_all(weight, ranks.size()) for weight in (self.w_gate_up, self.w_down))
+        w_gate_up, w_down = (local_part(weight, ranks.size()) for weight in (self.w_gate_up, self.w_down))
         y_AD = ffn_experts(*dispatcher.to_experts(x_TD), w_gate_up, w_down)
         y_TD = dispatcher.to_tokens(y_AD)
         return y_TD if terms is None else y_TD + terms.value(x_TD)
 
 
-def seen_by_all(weight: Tensor, n_ranks: int) -> Tensor:
+def local_part(weight: Tensor, n_ranks: int) -> Tensor:
     """The part of it that is on this rank. Its gradient, of the tokens of all ranks, is the mean over them, as all
     others are."""
     part = local(weight)

@@ -14,7 +14,7 @@ from torch import nn
 from .config import MoEConfig, TransformerConfig
 from .errors import InputError
 from .transformer import Transformer
-from .weights import KEYS, Parts, Shards, dense_names, fill, naming, read_json
+from .weights import KEYS, FolderTensors, Parts, dense_names, fill, naming, read_json
 
 # fields that every config.json has to have
 SAID = ("vocab_size", "n_layers", "hidden_size", "n_heads", "context_length", "norm_eps")
@@ -55,7 +55,7 @@ def load_foreign(folder: str | Path) -> Transformer:
     folder = Path(folder)
     config = read_json(folder)
     family, transformer, moe = configurations(config, folder / "config.json")
-    tensors = Shards(folder)
+    tensors = FolderTensors(folder)
     model = Transformer(transformer, moe)
     fill(model, tensors, tensor_names(family, transformer, moe, tensors))
     if not family.routed:
@@ -113,12 +113,12 @@ def require_supported(config: dict[str, Any], rope: dict[str, Any], family: Fami
     } | {key: (config.get(key) or plain) == plain for key, plain in family.must_be.items()}
     for key, supported in rules.items():
         if not supported:
-            said = {"rope_scaling": scaling}.get(key, config.get(key))
+            said = scaling if key == "rope_scaling" else config.get(key)
             raise InputError(f"{key}={said} is not supported")
 
 
 def tensor_names(
-    family: Family, transformer: TransformerConfig, moe: MoEConfig, tensors: Shards
+    family: Family, transformer: TransformerConfig, moe: MoEConfig, tensors: FolderTensors
 ) -> Iterator[tuple[str, Parts]]:
     """(our parameter, the tensors it is made of), with experts one by one or already stacked."""
     yield from dense_names(transformer)

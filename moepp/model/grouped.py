@@ -1,4 +1,4 @@
-"""FFN experts on a GPU: one grouped product each way over rows sorted by expert, without a host sync.
+"""FFN experts on a GPU: grouped products over rows sorted by expert, without a host sync.
 
 T tokens, D hidden size, H intermediate size, G = 2H (gate, then up), F = n_ffn, K choices a token, A = T·K
 assignments, R rows, those of FFN experts in front (plan.py).
@@ -23,7 +23,7 @@ def grouped_experts(x_TD: Tensor, routing: Routing, w_gate_up_FGD: Tensor, w_dow
 
 
 def grouped_swiglu(x_RD: Tensor, w_gate_up_FGD: Tensor, w_down_FDH: Tensor, count_F: Tensor) -> Tensor:
-    """All experts in one grouped product each way, without a host sync; rows after the last are garbage."""
+    """All experts in two grouped products, gate and up in one, then down; rows after the last are garbage."""
     offsets_F = count_F.cumsum(0).to(torch.int32)
     gate_RH, up_RH = F.grouped_mm(x_RD, w_gate_up_FGD.transpose(1, 2), offs=offsets_F).chunk(2, dim=-1)
     return F.grouped_mm(F.silu(gate_RH) * up_RH, w_down_FDH.transpose(1, 2), offs=offsets_F)

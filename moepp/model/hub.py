@@ -15,11 +15,10 @@ from .config import MoEConfig, TransformerConfig
 from .errors import InputError
 from .router import routers
 from .transformer import Transformer
-from .weights import KEYS, Parts, Shards, dense_names, fill, naming, read_json, save_shards, taken_apart
+from .weights import KEYS, FolderTensors, Parts, dense_names, fill, naming, read_json, save_shards, taken_apart
 
 MODEL_TYPE = "moepp"
 BUDGET = "model.budget."  # its buffers, which the code in the folder has no use for
-CODE = ("configuration_moepp.py", "modeling_moepp.py")  # in moepp/hf
 MOE_KEYS = {  # of our MoEConfig's fields, as in weights.KEYS
     "n_ffn": "num_experts",
     "top_k": "num_experts_per_tok",
@@ -37,7 +36,7 @@ def load_hub(folder: str | Path) -> Transformer:
     folder = Path(folder)
     transformer, moe = read_config(folder)
     model = Transformer(transformer, moe)
-    tensors = Shards(folder)
+    tensors = FolderTensors(folder)
     fill(model, tensors, tensor_names(transformer, moe))
     for name, buffer in buffers(model):
         if name.startswith(BUDGET) and name not in tensors:
@@ -50,7 +49,8 @@ def load_hub(folder: str | Path) -> Transformer:
 
 
 def export_hub(model: Transformer, folder: str | Path, **more: Any) -> None:
-    """Write `config.json`, with the keys of `more` as well, and `.safetensors`; `CODE` goes there too."""
+    """Write `config.json`, with the keys of `more` as well, and `.safetensors`. The code that `auto_map` names is
+    for the caller to put beside them (training/hub_folder.py)."""
     folder, config = Path(folder), model.config
     tensors = taken_apart(model, tensor_names(config, model.moe_config))
     tensors |= dict(buffers(model))

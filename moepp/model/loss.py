@@ -61,13 +61,13 @@ def linear_distillation(
 
 @torch.no_grad()
 def nll_by_token(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """(N,) in float32 at least: the cross-entropy of each target, 0 where it is below 0. Without gradients."""
+    """(N,) in float32 at least: the cross-entropy of each target, 0 where the target is -100. No gradients."""
     chunk = chunk_of(hidden_ND)
     nll = []
     for hidden_CD, targets_C in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True):
         logits_CV = F.linear(hidden_CD, weight_VD)  # which autocast knows
         logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
-        nll.append(F.cross_entropy(logits_CV, targets_C.clamp(min=-1), ignore_index=-1, reduction="none"))
+        nll.append(F.cross_entropy(logits_CV, targets_C, reduction="none"))
     return torch.cat(nll)
 
 

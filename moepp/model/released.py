@@ -15,7 +15,7 @@ import torch
 from .config import MoEConfig, TransformerConfig
 from .errors import InputError
 from .transformer import Transformer
-from .weights import KEYS, Parts, Shards, dense_names, fill, naming, read_json, save_shards, taken_apart
+from .weights import KEYS, FolderTensors, Parts, dense_names, fill, naming, read_json, save_shards, taken_apart
 
 # nothing else fits the format
 HELD: dict[str, Any] = {"n_zero": 1, "n_copy": 1, "n_const": 2, "top_k": 2}
@@ -41,7 +41,7 @@ def load_released(folder: str | Path) -> Transformer:
     folder = Path(folder)
     transformer, moe = read_config(folder)
     model = Transformer(transformer, moe)
-    fill(model, Shards(folder), tensor_names(transformer, moe))
+    fill(model, FolderTensors(folder), tensor_names(transformer, moe))
     return model.eval()
 
 

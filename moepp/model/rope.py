@@ -41,17 +41,17 @@ class Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BNSd: Tensor, cos_Sd: Tensor, signed_sin_Sd: Tensor) -> Tensor:
         ctx.save_for_backward(cos_Sd, signed_sin_Sd)
-        return turned_as_copied(x_BNSd, cos_Sd, signed_sin_Sd)
+        return turned_contiguous(x_BNSd, cos_Sd, signed_sin_Sd)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BNSd: Tensor) -> tuple[Tensor, None, None]:
         cos_Sd, signed_sin_Sd = ctx.saved_tensors
-        return turned_as_copied(grad_BNSd, cos_Sd, -signed_sin_Sd), None, None
+        return turned_contiguous(grad_BNSd, cos_Sd, -signed_sin_Sd), None, None
 
 
-def turned_as_copied(x_BNSd: Tensor, cos_Sd: Tensor, signed_sin_Sd: Tensor) -> Tensor:
-    """Of a contiguous copy, which is in the dtype that is computed in, so that there is only one."""
+def turned_contiguous(x_BNSd: Tensor, cos_Sd: Tensor, signed_sin_Sd: Tensor) -> Tensor:
+    """x is copied once: to contiguous memory, and in the dtype that is computed in."""
     dtype = torch.promote_types(x_BNSd.dtype, cos_Sd.dtype)
     copy_BNSd = x_BNSd.to(dtype, memory_format=torch.contiguous_format)
     return turned(copy_BNSd, cos_Sd, signed_sin_Sd).to(x_BNSd.dtype)

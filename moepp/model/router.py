@@ -102,7 +102,8 @@ class Router(nn.Module):
         self.residual = nn.Parameter(torch.empty(E, E)) if moe.gating_residual and not first else None
         self.bias: Tensor | None  # (), on the scores of zero-computation experts: no parameter, a schedule sets it
         self.register_buffer("bias", torch.zeros(()) if moe.score_bias else None)
-        # (2,), likewise, but for the choice alone (budget.py): training on one sequence at a time, evaluation
+        # (2,), likewise, but for the choice alone (budget.py): [0] in training on one sequence at a time, [1] in
+        # evaluation
         self.choice_bias: Tensor | None
         self.register_buffer("choice_bias", torch.zeros(2) if moe.ffn_budget is not None else None)
         # (), FFN experts per token that this layer is to take in training above or below `ffn_budget`
@@ -124,7 +125,7 @@ class Router(nn.Module):
                 std_T1 = logits_TE.std(-1, keepdim=True).clamp(min=1e-12)  # 0 where all logits are equal
                 scores_TE = logits_TE * (moe.logits_norm_std / std_T1)
             scores_TE = self.biased(scores_TE, self.bias)
-            experts_TK = self.choose(self.biased(scores_TE, self.bias_of_choice(scores_TE, len(x_BSD))))
+            experts_TK = self.choose(self.biased(scores_TE, self.budget_bias(scores_TE, len(x_BSD))))
             gates_TK = self.gates(scores_TE, experts_TK)
             kept_TK = None
             if moe.capacity_factor is not None and self.training:
@@ -139,7 +140,7 @@ class Router(nn.Module):
         is_ffn_E = torch.arange(self.moe.n_experts, device=scores_TE.device) < self.moe.n_ffn
         return scores_TE + bias.to(scores_TE.dtype).where(~is_ffn_E, 0.0)
 
-    def bias_of_choice(self, scores_TE: Tensor, n_sequences: int) -> Tensor | None:
+    def budget_bias(self, scores_TE: Tensor, n_sequences: int) -> Tensor | None:
         """() or (T, 1): what holds a budget."""
         if self.choice_bias is None:
             return None

@@ -27,13 +27,14 @@ class Links:
     per_machine: int
 
     def ring(self, members: int, stride: int) -> float:
-        """What a device of a ring reaches whose members are every `stride`-th: what leaves a machine takes the
-        links of all members that it has."""
+        """Bytes per second at which a device of a ring sends, whose members are every `stride`-th device: what
+        leaves a machine is spread over the links of all members that it has."""
         here = max(1, self.per_machine // stride)
         return self.within if members <= here else min(self.within, here * self.between)
 
     def exchange_seconds(self, sent: float, members: int) -> float:
-        """Of sending as much to each of the others, those beyond the machine at the same time."""
+        """Seconds of sending `sent` bytes in equal parts to the other members: to those in the machine and to
+        those beyond it at the same time."""
         far = max(0, members - self.per_machine) / max(1, members - 1)
         return max(sent * (1 - far) / self.within, sent * far / self.between)
 
@@ -85,7 +86,7 @@ class Job:
         return 4 if self.precision.startswith("32") else 2
 
     @property
-    def shards(self) -> int:
+    def per_copy(self) -> int:
         """Devices that a copy of the model is sharded over."""
         return self.devices // self.parallel.replicas
 
@@ -94,9 +95,9 @@ class Job:
         count, L, N = self.count, self.transformer.n_layers, self.parallel.expert
         matrix = 2 if self.precision == "bf16-mixed" else self.master
         return [
-            (count.attention / L, self.shards, 1, matrix),
-            (count.ffn_experts / L / N, self.shards // N, N, matrix),
-            ((count.router + count.constants + count.norms) / L, self.shards, 1, self.master),
+            (count.attention / L, self.per_copy, 1, matrix),
+            (count.ffn_experts / L / N, self.per_copy // N, N, matrix),
+            ((count.router + count.constants + count.norms) / L, self.per_copy, 1, self.master),
         ]
 
     def root(self) -> int:
@@ -115,7 +116,7 @@ def fsdp(
         for name, sent, rate in (
             (GATHERED, passes * others * size, ring),
             (SCATTERED, others * job.master, ring),
-            (AVERAGED, across, links.ring(replicas, job.shards)),
+            (AVERAGED, across, links.ring(replicas, job.per_copy)),
         ):
             sums[name] = sums[name][0] + sent, sums[name][1] + sent / rate
     return sums
@@ -153,7 +154,7 @@ def memory(job: Job) -> dict[str, float]:
     """Bytes on a device by part, together at its fullest moment. Without what the allocator wastes."""
     T, w, m = job.tokens, job.product, job.master
     D, V, L = job.transformer.hidden_size, job.transformer.vocab_size, job.transformer.n_layers
-    own, (whole, checkpoint) = m * job.count.total / job.shards, kept(job)
+    own, (whole, checkpoint) = m * job.count.total / job.per_copy, kept(job)
     layer = checkpoint if job.checkpoint_activations else whole
     # logits, whose place their gradient takes, and a softmax in float32; the head's in float32, and a chunk's part
     loss = min(T, CUDA_CHUNK) * V * (w if w == 4 else 4 + w) + V * D * (4 + w)
@@ -186,7 +187,7 @@ def seconds(job: Job, links: Links, flops: float) -> dict[str, float]:
     """Of a step, where products reach so many FLOP/s: parameters and gradients are sent beside them, and only what
     takes longer is waited for; the rows of FFN experts are waited for."""
     L, layer = job.transformer.n_layers, traffic(job, links)
-    root = fsdp(job, links, 1, (job.root(), job.shards, 1, job.master))
+    root = fsdp(job, links, 1, (job.root(), job.per_copy, 1, job.master))
     compute, beside = operations(job) / flops, sum(L * layer[name][1] + root[name][1] for name in root)
     rows = L * layer[ROWS][1]
     parts = {"products": compute, "parameters and gradients": beside, ROWS: rows}

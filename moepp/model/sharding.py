@@ -16,7 +16,8 @@ from .config import MoEConfig, TransformerConfig, require
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How many ranks share what. What is left of the ranks is what parameters are sharded over.
+    """How many ranks share what. Dense parameters are sharded over all ranks of a copy of the model, the experts
+    that `expert` leaves to a rank over those ranks of the copy that have the same experts.
 
     Args:
         expert: ranks that the FFN experts of a layer are spread over; router, attention and zero-computation

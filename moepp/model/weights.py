@@ -1,8 +1,9 @@
 """A Hugging Face folder: its config.json, its shards of named tensors, and a model filled from them."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def naming(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: {error}") from error
 
 
-class Shards(Mapping[str, Tensor]):
+class FolderTensors:
     """All tensors of all shards (`.safetensors`, else `.bin`), each read when it is asked for.
 
     `.bin` files are read with `weights_only`: they cannot run code.
@@ -65,13 +66,16 @@ class Shards(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        shards = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-        if not shards:
+        for whole in ("model.safetensors", "pytorch_model.bin"):
+            if shards := sorted(folder.glob(whole.replace(".", "*."))):
+                break
+        else:
             raise InputError(f"{folder}: has neither model*.safetensors nor pytorch_model*.bin")
-        for index in folder.glob("*.index.json"):
-            if index.name.startswith(shards[0].name.split("-")[0].split(".")[0]):
-                self.require_all_of(index)
-        self.shard_of = {name: shard for shard in map(self.open, shards) for name in shard}
+        if (index := folder / f"{whole}.index.json").is_file():
+            self.require_all_of(index)
+        self.readers: dict[str, Callable[[], Tensor]] = {}
+        for shard in shards:
+            self.readers |= self.open(shard)
 
     def require_all_of(self, index: Path) -> None:
         try:
@@ -81,47 +85,26 @@ class Shards(Mapping[str, Tensor]):
         if missing := sorted(name for name in named if not (self.folder / str(name)).is_file()):
             raise InputError(f"{self.folder}: the shard {missing[0]} is missing")
 
-    def open(self, shard: Path) -> Mapping[str, Tensor]:
+    def open(self, shard: Path) -> dict[str, Callable[[], Tensor]]:
+        from safetensors import safe_open
+
         try:
             if shard.suffix == ".bin":
-                return dict(torch.load(shard, map_location="cpu", weights_only=True, mmap=True))
-            return SafeTensors(shard)
+                tensors = dict(torch.load(shard, map_location="cpu", weights_only=True, mmap=True))
+                return {name: partial(tensors.__getitem__, name) for name in tensors}
+            file: Any = safe_open(shard, framework="pt")
+            return {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118, it is no dict
         except Exception as error:  # each library has its own; none of them names the file
             reason = str(error).strip() or type(error).__name__
             raise InputError(f"{shard}: cannot be read, is it damaged? ({reason.splitlines()[0]})") from error
 
+    def __contains__(self, name: str) -> bool:
+        return name in self.readers
+
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self.shard_of:
+        if name not in self.readers:
             raise InputError(f"{self.folder}: has no tensor {name}; is the checkpoint whole?")
-        return self.shard_of[name][name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.shard_of
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shard_of)
-
-    def __len__(self) -> int:
-        return len(self.shard_of)
-
-
-class SafeTensors(Mapping[str, Tensor]):
-    """A `.safetensors` file."""
-
-    def __init__(self, path: Path) -> None:
-        from safetensors import safe_open
-
-        self.file: Any = safe_open(path, framework="pt")
-        self.names = list(self.file.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
+        return self.readers[name]()
 
 
 SHARD_BYTES = 5_000_000_000
@@ -188,7 +171,7 @@ def taken_apart(
 
 
 @torch.no_grad()
-def fill(model: nn.Module, tensors: Shards, names: Iterable[tuple[str, Parts]]) -> None:
+def fill(model: nn.Module, tensors: FolderTensors, names: Iterable[tuple[str, Parts]]) -> None:
     """Set each parameter of `model` that is named from the tensors it is made of.
 
     Raises:

@@ -82,7 +82,7 @@ class TokenFiles:
 
     @property
     def val(self) -> np.memmap:
-        """(tokens,) the same, one domain after the other. Mapped anew at each call, as `Shards` are."""
+        """(tokens,) of the held-out text, one domain after the other. Mapped anew at each call, as Shards are."""
         return np.memmap(self.path / "val.bin", self.meta["dtype"], "r")
 
     @property

@@ -108,11 +108,11 @@ def padded_vocab_size(vocab_size: int) -> int:
 def end_of_text(tokenizer: Tokenizer, folder: Path | None = None) -> int | None:
     """The token that ends a text: what Hugging Face's configuration in `folder` says, else one of a known name."""
     names: list[str | None] = [*ENDS_OF_TEXT]
-    for file, key in (("config.json", "eos_token_id"), ("tokenizer_config.json", "eos_token")):
-        with suppress(
-            OSError, ValueError, LookupError, TypeError, OverflowError
-        ):  # it is not there, or does not say
-            eos: Any = json.loads((folder / file).read_text(encoding="utf-8"))[key] if folder else None
+    says = {"config.json": "eos_token_id", "tokenizer_config.json": "eos_token"}
+    for path, key in [(folder / file, key) for file, key in says.items()] if folder else []:
+        # it is not there, or does not say
+        with suppress(OSError, ValueError, LookupError, TypeError, OverflowError):
+            eos: Any = json.loads(path.read_text(encoding="utf-8"))[key]
             eos = eos["content"] if isinstance(eos, dict) else eos[0] if isinstance(eos, list) else eos
             names.insert(0, eos if isinstance(eos, str) else tokenizer.id_to_token(eos))
     ids = (tokenizer.token_to_id(name) for name in names if name)

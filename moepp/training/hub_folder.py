@@ -11,11 +11,12 @@ from typing import Any
 import moepp.model
 from moepp.model import InputError, count_parameters
 from moepp.model.config import require
-from moepp.model.hub import CODE, MODEL_TYPE, export_hub
+from moepp.model.hub import MODEL_TYPE, export_hub
 from moepp.model.weights import read_json
 from moepp.training.checkpoint import Loaded
 from moepp.training.model_card import model_card
 
+CODE = ("configuration_moepp.py", "modeling_moepp.py")  # in moepp/hf
 ORIGIN = "moepp"  # in config.json: what else a checkpoint knows
 TEXTS = ("data", "data_hash")
 

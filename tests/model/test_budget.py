@@ -75,7 +75,7 @@ def test_each_sequence_goes_by_all_others_of_its_batch() -> None:
     x_BSD = torch.randn(5, 64, 16)
     x_BSD[2] += 2  # one that is unlike the others
     before = router(x_BSD)
-    bias_T1 = router.bias_of_choice(before.scores, 5)
+    bias_T1 = router.budget_bias(before.scores, 5)
     assert bias_T1.shape == (320, 1)
     bias_BS, scores_BSE = bias_T1.view(5, 64), before.scores.view(5, 64, 12)
     for i in range(5):
@@ -85,7 +85,7 @@ def test_each_sequence_goes_by_all_others_of_its_batch() -> None:
         assert (chosen_TK < 8).sum(1).float().mean() == pytest.approx(0.7, abs=1 / 256)
     x_BSD[0] += 3
     after = router(x_BSD)
-    assert torch.equal(router.bias_of_choice(after.scores, 5)[:64], bias_T1[:64])
+    assert torch.equal(router.budget_bias(after.scores, 5)[:64], bias_T1[:64])
     assert not torch.equal(after.experts[64:], before.experts[64:])
 
 
@@ -118,7 +118,7 @@ def test_what_batches_differ_by_cancels() -> None:
         scores_BSE = torch.randn(16, 128, 12, generator=generator)
         scores_BSE[..., :8] += torch.randn(16, 1, 1, generator=generator) * 0.7 - 2
         scores_TE = scores_BSE.flatten(0, 1)
-        for name, bias in (("one", torch.tensor(0.35)), ("by the others", router.bias_of_choice(scores_TE, 16))):
+        for name, bias in (("one", torch.tensor(0.35)), ("by the others", router.budget_bias(scores_TE, 16))):
             chosen_TK = router.choose(router.biased(scores_TE, bias))
             spent[name].append(float((chosen_TK < 8).sum(1).float().mean()))
     mean = {name: sum(values) / len(values) / 0.2 for name, values in spent.items()}
@@ -273,3 +273,5 @@ def test_what_no_choice_can_spend_is_refused() -> None:
         config((8, 0, 0, 0, 2), ffn_budget=1.5)
     with pytest.raises(InputError, match="only what was trained with one"):
         Transformer(SIZES, MoEConfig()).set_ffn_budget(1.0)
+    with pytest.raises(InputError, match="only what was trained with one"):  # of vanilla no budget is possible
+        Transformer(SIZES, config((8, 0, 0, 0, 2))).set_ffn_budget(1.0)

@@ -217,7 +217,7 @@ def planned(job: Job) -> dict[str, float]:
     """What scale.py says of what `measure` measures."""
     parts, L = memory(job), job.transformer.n_layers
     sent = {name: L * n_bytes for name, (n_bytes, _) in traffic(job, LINKS).items()}
-    for name, (n_bytes, _) in fsdp(job, LINKS, 1, (job.root(), job.shards, 1, job.master)).items():
+    for name, (n_bytes, _) in fsdp(job, LINKS, 1, (job.root(), job.per_copy, 1, job.master)).items():
         sent[name] += n_bytes
     return {
         **{name: parts[name] for name in ("parameters", "gradients", "AdamW", "activations")},

@@ -12,15 +12,16 @@ from torch.nn.utils.rnn import pad_sequence
 from moepp.model import InputError, Transformer
 from moepp.study.figures.parts_of_speech import NONE, PartsOfSpeech
 from moepp.study.figures.routing_stats import RoutingCounts
+from moepp.text.batches import IGNORE
 from moepp.text.held_out import HeldOut, Windows
 
 BATCH_TOKENS = 4096
 
 
 def in_batches(windows: Windows, seq_len: int) -> Iterator[tuple[list[tuple[str, np.ndarray]], Tensor]]:
-    """Several windows at a time; their tokens (B, S): -1 after the end of a shorter one, which no token sees."""
+    """Several windows at a time; their tokens (B, S): IGNORE behind a shorter one's end, which no token sees."""
     while batch := list(islice(windows, max(1, BATCH_TOKENS // seq_len))):
-        yield batch, pad_sequence([torch.from_numpy(tokens_S) for _, tokens_S in batch], True, -1)
+        yield batch, pad_sequence([torch.from_numpy(tokens_S) for _, tokens_S in batch], True, IGNORE)
 
 
 @torch.inference_mode()
