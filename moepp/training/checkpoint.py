@@ -268,6 +268,7 @@ def load_with_tokenizer(path: str | Path) -> tuple[Loaded, Tokenizer]:
 
 def results_folder(checkpoint: Path, name: str) -> Path:
     """Where what was found out about a checkpoint goes: into its run."""
+    checkpoint = checkpoint.absolute()
     run_dir = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
     return run_dir / name
 
@@ -292,7 +293,7 @@ def remove_checkpoint(path: Path) -> None:
 def step_checkpoints(run_dir: Path) -> list[Path]:
     """The run's step-<n>.ckpt, the latest first."""
     found = (run_dir / "checkpoints").glob("step-*.ckpt")
-    return sorted((path for path in found if path.stem[5:].isdigit()), key=step_of, reverse=True)
+    return sorted((path for path in found if path.stem[5:].isdecimal()), key=step_of, reverse=True)
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:

@@ -182,8 +182,8 @@ class MoECLI(LightningCLI):
                 "trainer.max_steps: say when to stop, with max_steps or max_epochs: the learning rate's schedule "
                 "has to know (max_time may stop it earlier)"
             )
-        every_n = config["log_every_n_steps"]
-        require(every_n >= 1, "trainer.log_every_n_steps", every_n, "must be at least 1")
+        for name in ("log_every_n_steps", "accumulate_grad_batches"):
+            require((config[name] or 0) >= 1, f"trainer.{name}", config[name], "must be at least 1")
         for option, why in REFUSED.items():
             if config[option]:
                 raise InputError(f"trainer.{option}: {why}")
@@ -319,7 +319,7 @@ def model_vocab_size(of_data: int, init_from: str | None, ckpt_path: str | None)
 def require_seed(seed: Any) -> None:
     """Raise an InputError for what is no seed; true and false are for Lightning to take."""
     if not isinstance(seed, bool) and (seed is None or not 0 <= seed < 2**32):
-        raise InputError(f"seed_everything: must be between 0 and 2^32, got {seed}")
+        raise InputError(f"seed_everything: must be at least 0 and below 2^32, got {seed}")
 
 
 def as_list(value: Any) -> list[Any]:

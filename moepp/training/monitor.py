@@ -20,7 +20,7 @@ from moepp.training.run_folder import say
 class Monitor(L.Callback):
     """Logs means over the `log_every_n_steps` optimizer steps since the last log, and prints them as one line.
 
-    Gradient norm (before clipping) and learning rate are those of the last step and of the one to come.
+    The gradient norm (before clipping) is the last step's, the learning rate the next one's.
     Everything is summed on the device; it is waited for only when a line is due. The clock stops from the
     beginning of a validation to the next batch. All loggers receive the same numbers at the same steps.
     """
@@ -47,9 +47,11 @@ class Monitor(L.Callback):
             checkpoint["callbacks"][self.state_key]["sums"] = self.mean_sums(trainer)
 
     def mean_sums(self, trainer: L.Trainer) -> dict[str, Tensor]:
-        """Over the devices."""
-        reduce = trainer.strategy.reduce
-        return {name: reduce(value.float(), reduce_op="mean") for name, value in self.sums.items()}
+        """Over the devices. Counts, and what a checkpoint gave back, are on the CPU, where NCCL sums nothing."""
+        reduce, device = trainer.strategy.reduce, trainer.strategy.root_device
+        # it reduces in place
+        copies = {name: value.to(device, torch.float32, copy=True) for name, value in self.sums.items()}
+        return {name: reduce(value, reduce_op="mean") for name, value in copies.items()}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LitMoE) -> None:  # type: ignore[override]
         self.clock, self.begun, self.begun_step = time.perf_counter(), time.perf_counter(), trainer.global_step
@@ -57,7 +59,11 @@ class Monitor(L.Callback):
         self.tokens_before = float(self.sums.get("tokens", 0.0))
 
     def on_train_batch_start(self, *_: Any) -> None:
-        if self.validating_since is not None:  # and since then a checkpoint was written
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Again, if a validation has stopped it, after which a checkpoint was written."""
+        if self.validating_since is not None:
             self.clock += time.perf_counter() - self.validating_since
             self.validating_since = None
 
@@ -75,7 +81,7 @@ class Monitor(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: LitMoE) -> None:  # type: ignore[override]
         """What max_time or early stopping has ended may have steps that no row tells of."""
         if trainer.global_step > self.logged_step:
-            self.on_train_batch_start()  # the clock goes on
+            self.start_clock()
             self.report(trainer, pl_module)
 
     def report(self, trainer: L.Trainer, model: LitMoE) -> None:

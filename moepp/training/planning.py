@@ -9,10 +9,9 @@ from moepp.model import MoEConfig, TransformerConfig
 from moepp.model.config import require
 from moepp.model.scale import Job, Links, memory, operations, seconds, traffic
 from moepp.model.sharding import ParallelConfig
-from moepp.text.tokenizer import padded_vocab_size
 from moepp.training.arguments import OwnOptions
 from moepp.training.devices import SHARDED
-from moepp.training.lightning_cli import resolve
+from moepp.training.lightning_cli import model_vocab_size, resolve
 
 ABOUT = """Memory, bytes sent and time of a training step on each of N devices, sharded as --trainer.strategy=fsdp2
 does. Nothing is trained, and no device is needed. All options of `moepp fit` apply, such as --data.batch_size=4,
@@ -51,7 +50,7 @@ def job_of(options: dict[str, Any], devices: int) -> Job:
     strategy = trainer["strategy"]
     require(strategy == SHARDED, "trainer.strategy", strategy, f"only {SHARDED} can be planned")
     return Job(
-        TransformerConfig(padded_vocab_size(data["vocab_size"]), **model["transformer"]),
+        TransformerConfig(model_vocab_size(data["vocab_size"], model["init_from"], None), **model["transformer"]),
         MoEConfig(**model["moe"]),
         ParallelConfig(**model["parallel"], sharded=True),
         devices,

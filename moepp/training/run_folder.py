@@ -1,6 +1,7 @@
 """The folder of a run, claimed by the first of its processes, whoever started them; its options and its log."""
 
 import json
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from moepp.model import InputError
 from moepp.system.files import differences
-from moepp.training.checkpoint import read_rest, step_checkpoints
+from moepp.training.checkpoint import read_rest, results_folder, step_checkpoints
 
 
 class RunFolder(L.Callback):
@@ -40,7 +41,7 @@ class RunFolder(L.Callback):
 
     def claim_next(self, parent: Path) -> None:
         parent.mkdir(parents=True, exist_ok=True)
-        n = max((int(path.name) for path in parent.iterdir() if path.name.isdigit()), default=0)
+        n = max((int(path.name) for path in parent.iterdir() if path.name.isdecimal()), default=0)
         while not self.is_new:
             n += 1
             self.path = parent / str(n)
@@ -84,7 +85,7 @@ class RunFolder(L.Callback):
 
 def result_of(checkpoint: Path) -> dict[str, Any] | None:
     """The result.json of the run that a checkpoint lies in, None where there is none of these very weights."""
-    path = checkpoint.absolute().parent.parent / "result.json"
+    path = results_folder(checkpoint, "result.json")
     if not path.is_file():
         return None
     result = json.loads(path.read_text())
@@ -93,7 +94,10 @@ def result_of(checkpoint: Path) -> dict[str, Any] | None:
 
 def newest_config(run_dir: Path) -> Path | None:
     """config.yaml, or the config.<n>.yaml of the last time that the run went on with other options."""
-    return max(run_dir.glob("config*.yaml"), key=config_number, default=None)
+    ours = (
+        path for path in run_dir.glob("config*.yaml") if re.fullmatch(r"config(\.\d+)?\.yaml", path.name, re.A)
+    )
+    return max(ours, key=config_number, default=None)
 
 
 def config_number(path: Path) -> int:

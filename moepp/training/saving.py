@@ -58,8 +58,7 @@ class Checkpoints(Checkpoint):
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         if trainer.is_global_zero:
             for unfinished in Path(trainer.default_root_dir).glob("checkpoints/*.tmp"):  # a kill came in between
-                if unfinished.is_dir():
-                    remove_checkpoint(unfinished)
+                remove_checkpoint(unfinished)
             for path in step_checkpoints(Path(trainer.default_root_dir)):
                 if step_of(path) > trainer.global_step and not trainer.fit_loop.done:
                     remove_checkpoint(path)  # damaged: this run goes on from the one before

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,15 @@ import torch
 from moepp.cli import main
 from moepp.model import InputError
 from moepp.training import checkpoint as files
-from moepp.training.checkpoint import newest_checkpoint, read_checkpoint, step_path, write_checkpoint
+from moepp.training.checkpoint import (
+    newest_checkpoint,
+    read_checkpoint,
+    results_folder,
+    step_checkpoints,
+    step_path,
+    write_checkpoint,
+)
+from moepp.training.saving import Checkpoints
 from tests.conftest import tiny
 
 RELEASED = Path(__file__).parents[1] / "model/reference/released_linear_gate"
@@ -117,6 +126,23 @@ def test_a_damaged_one_is_named_and_the_one_before_used(text_file: Path, workdir
     assert f"the checkpoints of {run} are all damaged" in capsys.readouterr().err
 
 
+def test_results_go_into_the_run_from_wherever_its_checkpoint_is_named(workdir: Path) -> None:
+    path = step_path(workdir / "run", 4)
+    path.parent.mkdir(parents=True)
+    assert results_folder(path, "figures") == workdir / "run/figures"
+    os.chdir(path.parent)
+    assert results_folder(Path(path.name), "figures") == workdir / "run/figures"
+    assert results_folder(workdir / "elsewhere/a.ckpt", "figures") == workdir / "elsewhere/figures"
+
+
+def test_only_numbers_are_steps(workdir: Path) -> None:
+    path = step_path(workdir, 4)
+    path.parent.mkdir()
+    for name in (path.name, "step-²2.ckpt", "step-x.ckpt"):
+        path.with_name(name).touch()
+    assert step_checkpoints(workdir) == [path]
+
+
 def test_a_recipes_name_is_no_pattern(workdir: Path) -> None:
     path = step_path(Path("runs/lr[3e-3]/1"), 4)
     path.parent.mkdir(parents=True)
@@ -126,17 +152,27 @@ def test_a_recipes_name_is_no_pattern(workdir: Path) -> None:
         newest_checkpoint("lr*")
 
 
-def test_a_full_disk_ends_the_run_with_one_line(text_file: Path, workdir: Path, capsys) -> None:
+def test_a_full_disk_ends_the_run_with_one_line(
+    text_file: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     """The checkpoint from before stays, and the run can go on from it."""
     options = [*tiny(text_file), "--trainer.max_steps=6", "--trainer.default_root_dir=run"]
-    full = Path("run/checkpoints/step-00000004.ckpt.tmp")
+    full, begin = Path("run/checkpoints/step-00000004.ckpt.tmp"), Checkpoints.on_train_start
+
+    def begin_and_fill_the_disk(self: Checkpoints, *args: Any) -> None:
+        begin(self, *args)
+        full.symlink_to("/dev/full")
+
     full.parent.mkdir(parents=True)
-    full.symlink_to("/dev/full")
-    assert main(["fit", *options]) == 2
+    full.with_stem("step-00000003.ckpt").write_text("cut off by a kill")
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "on_train_start", begin_and_fill_the_disk)
+        assert main(["fit", *options]) == 2
     message = capsys.readouterr().err.strip()
     assert message.count("\n") == 0
     assert "No space left on device" in message
     assert "step-00000004.ckpt" in message
+    assert {path.name for path in full.parent.iterdir()} == {"step-00000002.ckpt", "best.ckpt"}
     good = step_path(Path("run"), 2)
     assert read_checkpoint(good)["global_step"] == 2
     assert main(["fit", *options, f"--ckpt_path={good}"]) == 0

@@ -2,12 +2,16 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from moepp.cli import main
 from moepp.model import MoEConfig, TransformerConfig, flops_per_token
+from moepp.training.bad_steps import BadSteps
 from moepp.training.module import LitMoE
+from moepp.training.monitor import Monitor
 from moepp.training.saving import Checkpoints
 from tests.conftest import read_csv, tiny
 
@@ -45,6 +49,22 @@ def test_neither_a_validation_nor_its_checkpoint_counts_as_training(
     assert main(["fit", *tiny(text_file), *options, "--data.val_fraction=0.005"]) == 0
     _, after = read_csv(Path("runs/moepp/1"))
     assert 3 * 4 * 32 / float(after["speed/tokens_per_second"]) < 1
+
+
+def test_sums_are_reduced_on_the_device_and_are_left_as_they_are() -> None:
+    """NCCL has nothing for a CPU, where counts are, and all of what a checkpoint gave back."""
+
+    def reduce(value: torch.Tensor, reduce_op: str) -> torch.Tensor:
+        assert value.device.type == "meta"
+        return value.mul_(2)
+
+    monitor = Monitor(BadSteps())
+    monitor.sums = {"tokens": torch.tensor(3.0), "tokens_per_expert_LE": torch.ones(1, 2, dtype=torch.int64)}
+    strategy = SimpleNamespace(reduce=reduce, root_device=torch.device("meta"))
+    assert set(monitor.mean_sums(SimpleNamespace(strategy=strategy))) == set(monitor.sums)
+    strategy.reduce, strategy.root_device = lambda value, reduce_op: value.mul_(2), torch.device("cpu")
+    assert float(monitor.mean_sums(SimpleNamespace(strategy=strategy))["tokens"]) == 6.0
+    assert float(monitor.sums["tokens"]) == 3.0
 
 
 def test_a_run_resumed_between_two_rows_fills_every_column(text_file: Path, workdir: Path) -> None:

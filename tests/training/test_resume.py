@@ -34,6 +34,8 @@ def test_resume_keeps_the_options_of_the_run(text_file: Path, workdir: Path) -> 
     assert changed == {"  max_steps: 2", "  max_steps: 4"}
     assert [int(row["step"]) for row in read_csv(run)] == [1, 2, 3, 4]
     assert "trainer.max_steps=4 (was 2)" in (run / "train.log").read_text()
+    for stranger in ("config.old.yaml", "configs.yaml"):
+        (run / stranger).write_text("not ours")
     # the next time it goes on with what it had then
     assert main(["fit", recipe, "--ckpt_path=last", "--model.optim.lr=0.005"]) == 0
     third = yaml.safe_load((run / "config.3.yaml").read_text())

@@ -14,7 +14,6 @@ import yaml
 
 from moepp.model import InputError, MoEConfig, TransformerConfig, training_flops_per_token
 from moepp.system.files import read_yaml
-from moepp.text.tokenizer import padded_vocab_size
 from moepp.training import lightning_cli
 from moepp.training.checkpoint import configs_in, step_path
 from moepp.training.start import BudgetConfig, described_in
@@ -55,8 +54,10 @@ class Variant:
 
     @property
     def transformer(self) -> TransformerConfig:
-        sizes = self.options["model"]["transformer"]
-        return TransformerConfig(**sizes | {"vocab_size": padded_vocab_size(self.options["data"]["vocab_size"])})
+        model = self.options["model"]
+        init_from = model["init_from"] if self.start is None else None  # its start need not be there yet
+        vocab_size = lightning_cli.model_vocab_size(self.options["data"]["vocab_size"], init_from, None)
+        return TransformerConfig(**model["transformer"] | {"vocab_size": vocab_size})
 
     @property
     def moe(self) -> MoEConfig:
@@ -71,10 +72,15 @@ class Variant:
         return self.options["trainer"]["devices"]
 
     @property
+    def micro_batches(self) -> int:
+        """Forward and backward passes of one run, on each device."""
+        return self.steps * self.options["trainer"]["accumulate_grad_batches"]
+
+    @property
     def tokens(self) -> int:
         """Training tokens of one run."""
-        data, accumulated = self.options["data"], self.options["trainer"]["accumulate_grad_batches"]
-        return self.steps * accumulated * self.devices * data["batch_size"] * data["seq_len"]
+        data = self.options["data"]
+        return self.micro_batches * self.devices * data["batch_size"] * data["seq_len"]
 
     def training_flops_per_token(self, ffn_per_token: Any) -> Any:
         """Forward and backward, and forward through a teacher; of a number or of an array of numbers."""
@@ -174,24 +180,25 @@ def read_matrix(path: Path) -> dict[str, Any]:
     require_entries(matrix, TYPES, f"{path}:")
     if matrix.get("reference") not in matrix["variants"]:
         raise InputError(f"{path}: its reference {matrix.get('reference')!r} is none of its variants")
-    for name, entry in matrix["variants"].items():
+    variants = matrix["variants"] = {name: entry or {} for name, entry in matrix["variants"].items()}
+    for name, entry in variants.items():
         is_file_name = isinstance(name, str) and name != "" and "\0" not in name and Path(name).name == name
-        if not is_file_name or not isinstance(entry, dict | None):
+        if not is_file_name or not isinstance(entry, dict):
             raise InputError(f"{path}: variant {name!r}: is no name with a mapping of options")
-        matrix["variants"][name] = entry = entry or {}
         where = f"{path}: variant {name}:"
         require_entries({key: entry[key] for key in ENTRY_TYPES if key in entry}, ENTRY_TYPES, where)
         for plot in entry.get("plots", []):
             if plot not in PLOTS:
                 raise InputError(f"{where} no plot {plot!r}: use {', '.join(PLOTS)}")
-        other = entry.get("flops_of", "")
-        if other and (other == name or "flops_of" in (matrix["variants"].get(other, {"flops_of": ""}) or {})):
-            raise InputError(f"{where} flops_of: {other!r} is no other variant with steps of its own")
         if entry.get("ffn_width", 1) < 1:
             raise InputError(f"{where} ffn_width: must be at least 1")
         for quantity, figures in entry.get("paper", {}).items():
             for figure in require_type(figures, dict, f"{where} paper.{quantity}").values():
                 require_type(figure, (int, float), f"{where} paper.{quantity}")
+    for name, entry in variants.items():
+        if "flops_of" in entry and "flops_of" in variants.get(other := entry["flops_of"], ["flops_of"]):
+            no_other = f"flops_of: {other!r} is no other variant with steps of its own"
+            raise InputError(f"{path}: variant {name}: {no_other}")
     require_entries(matrix.get("quick", {}), VERSION_TYPES, f"{path}: quick:")
     if "tune" in matrix:
         require_entries(matrix["tune"], TUNE_TYPES, f"{path}: tune:")

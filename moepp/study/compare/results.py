@@ -155,7 +155,7 @@ def compare(
     for quantity, figures in variant.paper.items():
         row |= {f"paper_{quantity}/{size}": figure for size, figure in figures.items()}
     if speed:
-        row["speed_training_time"] = variant.tokens / reference.tokens / speed["speed_training"]
+        row["speed_training_time"] = variant.micro_batches / reference.micro_batches / speed["speed_training"]
     if variant is reference:
         row["loss_difference_verdict"] = row["equal_flops_loss_difference_verdict"] = REFERENCE
     return row

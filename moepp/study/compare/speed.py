@@ -72,7 +72,8 @@ class TimedModel:
         self.dtype = product_dtype(precision)
         mixed = kind in ("bf16", "16") and how != "true"  # weights in float32, products in half
         self.autocast = torch.autocast(device.type, self.dtype, enabled=mixed)
-        lit = LitMoE(variant.transformer, variant.moe, compile=variant.options["model"]["compile"])
+        how_to = {name: variant.options["model"][name] for name in ("compile", "checkpoint_activations")}
+        lit = LitMoE(variant.transformer, variant.moe, **how_to)
         self.lit = lit.to(device, torch.float32 if mixed else self.dtype)
         self.batch = {name: value.to(device) for name, value in batch.items()}
         self.training_step = TrainingStep(self.lit, self.loss, self.autocast)
@@ -131,7 +132,7 @@ def step_seconds(variant: Variant) -> float:
     precision = str(trainer["precision"] or default_precision(device))
     model = TimedModel(variant, {"inputs": tokens_BS, "targets": tokens_BS}, precision, device)
     rounds = in_turn([model.training_step], device, least=3, seconds=0.0)
-    return quartiles([seconds for (seconds,) in rounds])[1] * trainer["accumulate_grad_batches"]
+    return median(seconds for (seconds,) in rounds) * trainer["accumulate_grad_batches"]
 
 
 def best_device(variant: Variant) -> torch.device:

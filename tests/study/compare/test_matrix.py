@@ -6,9 +6,10 @@ import pytest
 import yaml
 
 from moepp.cli import main
-from moepp.model import InputError, count_parameters
+from moepp.model import InputError, MoEConfig, Transformer, TransformerConfig, count_parameters
 from moepp.study.compare.matrix import Matrix, read_matrix, resolve
 from moepp.system.files import differences
+from moepp.training.checkpoint import checkpoint_of, write_checkpoint
 from tests.conftest import RECIPES
 
 
@@ -92,6 +93,15 @@ def test_the_seed_reaches_weights_and_data(tmp_path: Path) -> None:
     assert (fixed.options["seed_everything"], fixed.options["data"]["seed"]) == (1, 5)
 
 
+def test_a_variant_has_the_vocabulary_of_what_it_starts_from(tmp_path: Path) -> None:
+    """Which need not be padded, as one of the data would be."""
+    sizes = TransformerConfig(96, 1, 8, 8, 2)
+    write_checkpoint(tmp_path / "a.ckpt", checkpoint_of(Transformer(sizes, MoEConfig()), None, None, None, None))
+    start = [f"--model.init_from={tmp_path / 'a.ckpt'}"]
+    assert load("compare.yaml", start).reference.transformer.vocab_size == 96
+    assert load("compare.yaml", ["--data.vocab_size=400"]).reference.transformer.vocab_size == 448
+
+
 def test_tokens_of_all_devices_are_counted() -> None:
     one, two = (load("compare.yaml", [f"--trainer.devices={n}"]).reference.tokens for n in (1, 2))
     assert two == 2 * one
@@ -112,6 +122,8 @@ def test_tokens_of_all_devices_are_counted() -> None:
         ({"variants": {"a": {}, "b": {"plots": [[]]}}}, "no plot"),
         ({"variants": {"a": {}, "b": {"flops_of": ["a"]}}}, "flops_of: .* is of the wrong type"),
         ({"variants": {"a": {}, "b": {"flops_of": "b"}}}, "flops_of: 'b' is no other variant"),
+        ({"variants": {"a": {}, "b": {"flops_of": ""}}}, "flops_of: '' is no other variant"),
+        ({"variants": {"a": {}, "b": {"flops_of": "c"}, "c": 3}}, "variant 'c': is no name with a mapping"),
         ({"variants": {"a": {}, "b": {"flops_of": "c"}}}, "flops_of: 'c' is no other variant"),
         ({"variants": {"a": {}, "b": {"flops_of": "a"}, "c": {"flops_of": "b"}}}, "flops_of: 'b' is no other"),
         ({"variants": {"a": {}, "b": {"ffn_width": None}}}, "variant b: ffn_width: None is of the wrong type"),

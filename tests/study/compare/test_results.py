@@ -25,7 +25,7 @@ VANILLA = {"n_ffn": 2, "n_zero": 0, "n_copy": 0, "n_const": 0, "gating_residual"
 def variant(name: str, moe: dict, flops_of: str | None = None, teacher: str | None = None) -> Variant:
     data = {"path": "x.txt", "vocab_size": 320, "seq_len": 6, "batch_size": 5, "val_part": "all"}
     trainer = {"max_steps": 4, "accumulate_grad_batches": 1, "devices": 1}
-    model = {"transformer": SIZES, "moe": moe, "budget": {}, "distill": {"teacher": teacher}}
+    model = {"transformer": SIZES, "moe": moe, "init_from": None, "budget": {}, "distill": {"teacher": teacher}}
     options = {"model": model, "data": data, "trainer": trainer}
     return Variant(name, lambda **last: options, flops_of=flops_of)
 
@@ -165,6 +165,19 @@ def test_a_strict_comparison_is_of_the_two_that_cost_the_same(tmp_path: Path) ->
     read_off = text.split("read off the curves of the runs above")[1].split("## Cost")[0]
     assert "| cheap |" in read_off
     assert "| fewer |" not in read_off
+
+
+def test_time_is_that_of_all_forward_and_backward_passes(tmp_path: Path) -> None:
+    """Half the steps of twice the batch, each of which takes twice the time."""
+    whole, halved = variant("a", VANILLA), variant("b", VANILLA)
+    options = halved.options
+    options["data"]["batch_size"] *= 2
+    options["trainer"]["max_steps"] //= 2
+    runs = [write_run(Run(v, 0, tmp_path / v.name), 5.0, 2.0, (6.0, 5.0)) for v in (whole, halved)]
+    timed = {"a": {"speed_training": 1.0}, "b": {"speed_training": 0.5}}
+    results = read_results(Matrix(Path("m.yaml"), [whole, halved], whole, {}), runs, Search([], {}), timed)
+    assert list(results.variants["speed_training_time"]) == [1.0, 1.0]
+    assert list(results.variants["training_tokens"]) == [120, 120]
 
 
 def test_the_frontier_is_drawn_over_what_was_measured(tmp_path: Path) -> None:

@@ -12,9 +12,16 @@ from tests.study.compare.test_results import SIZES, VANILLA
 CPU = torch.device("cpu")
 
 
-def variant(accumulate: int = 1, precision: str | None = None) -> Variant:
+def variant(accumulate: int = 1, precision: str | None = None, checkpoint_activations: bool = False) -> Variant:
     options = {
-        "model": {"transformer": SIZES, "moe": VANILLA, "compile": False, "distill": {"teacher": None}},
+        "model": {
+            "transformer": SIZES,
+            "moe": VANILLA,
+            "compile": False,
+            "checkpoint_activations": checkpoint_activations,
+            "init_from": None,
+            "distill": {"teacher": None},
+        },
         "data": {"vocab_size": 320, "seq_len": 6, "batch_size": 5},
         "trainer": {"accelerator": "cpu", "accumulate_grad_batches": accumulate, "precision": precision},
     }
@@ -80,6 +87,21 @@ def test_a_planned_step_is_in_the_runs_precision(monkeypatch: pytest.MonkeyPatch
     for precision in (None, "bf16-true"):
         speed.step_seconds(variant(precision=precision))
     assert seen == [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_training_computes_a_second_time_is_timed_too(again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+
+    def rounds(functions, device, **_):  # type: ignore[no-untyped-def]
+        first = functions[0].model.model.blocks[0]
+        first.moe.register_forward_pre_hook(lambda *_: passes.append(1))
+        functions[0]()
+        return [[1.0]]
+
+    monkeypatch.setattr(speed, "in_turn", rounds)
+    speed.step_seconds(variant(checkpoint_activations=again))
+    assert len(passes) == 1 + again
 
 
 def test_what_the_experts_receive_is_found_without_compiling() -> None:
