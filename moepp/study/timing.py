@@ -7,22 +7,17 @@ from statistics import quantiles
 import torch
 from torch import Tensor, nn
 
-LEAST_ROUNDS, MOST_ROUNDS = 5, 200
-SECONDS = 3.0  # for a measurement, once the least number of rounds is done
+MOST_ROUNDS = 200
 
 
 def in_turn(
-    functions: Sequence[Callable[[], object]],
-    device: torch.device,
-    least: int = LEAST_ROUNDS,
-    seconds: float | None = None,
+    functions: Sequence[Callable[[], object]], device: torch.device, least: int, seconds: float
 ) -> list[list[float]]:
     """Seconds of each function in each round, after a round that only warms up: `least` rounds, and more until
-    `seconds` (by default SECONDS) are over."""
-    seconds_in_all = SECONDS if seconds is None else seconds
+    `seconds` are over."""
     rounds: list[list[float]] = []
     begun = time.perf_counter()
-    while len(rounds) <= least or (time.perf_counter() - begun < seconds_in_all and len(rounds) <= MOST_ROUNDS):
+    while len(rounds) <= least or (time.perf_counter() - begun < seconds and len(rounds) <= MOST_ROUNDS):
         # whoever goes second may find the caches warm: take turns at that too
         order = range(len(functions)) if len(rounds) % 2 else reversed(range(len(functions)))
         times = [0.0] * len(functions)

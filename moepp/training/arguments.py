@@ -118,7 +118,7 @@ set_loader("omegaconf+", load_value, (yaml.YAMLError,))
 
 
 def ints_before_floats(hints: dict[str, Any]) -> None:
-    """In each Union: to the parser 1 batch would else be 1.0, all of them.
+    """In each Union. A parser that tries float first reads limit_val_batches=1, one batch, as 1.0, all of them.
 
     typing takes Union[int, float] for Union[float, int] if it has that in its cache, so that it is left to chance
     which of them Lightning's options are.

@@ -182,10 +182,10 @@ def differing(before: Configs, after: Configs) -> Iterator[tuple[str, Any, Any]]
     return differences(old, new, "model")
 
 
-def checkpoint_of(model: Transformer, *origin: Any) -> dict[str, Any]:
-    """A checkpoint of weights alone; `origin` is what `described` takes after the configurations."""
+def checkpoint_of(model: Transformer, **origin: Any) -> dict[str, Any]:
+    """A checkpoint of weights alone; `origin` is what `described` takes beside the configurations."""
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
-    return {"state_dict": state, "moepp": described(model.config, model.moe_config, *origin)}
+    return {"state_dict": state, "moepp": described(model.config, model.moe_config, **origin)}
 
 
 @dataclass(frozen=True)
@@ -217,9 +217,10 @@ class Loaded:
         return [end, *ids] if end is not None and self.begins_with_end else ids
 
     @property
-    def origin(self) -> tuple[Any, ...]:
+    def origin(self) -> dict[str, Any]:
         """For `checkpoint_of`, of another model that is made from this one."""
-        return tuple(self.meta.get(key) for key in ("tokenizer", "end_of_text", "data", "data_hash"))
+        kept = {key: self.meta.get(key) for key in ("end_of_text", "data", "data_hash")}
+        return {"tokenizer_json": self.meta["tokenizer"], **kept}
 
 
 def load(path: str | Path) -> Loaded:

@@ -124,9 +124,8 @@ def import_(folder: str, ckpt: str, tokenizer: str | None = None) -> None:
     if text is not None and tokenizer is None and "post_processor" in origin:
         text = with_post_processor(text, origin["post_processor"])
         load_tokenizer(text, f"tokenizer: {path}")
-    write_model(
-        ckpt, model, text, end, origin.get("data") or f"what {folder} was trained on", origin.get("data_hash")
-    )
+    data = origin.get("data") or f"what {folder} was trained on"
+    write_model(ckpt, model, tokenizer_json=text, end_of_text=end, data=data, data_hash=origin.get("data_hash"))
 
 
 def convert(
@@ -166,18 +165,18 @@ def convert(
         model = add_zero_computation(model, n_zero, n_copy, n_const, ffn_per_token, noise, seed)
     else:
         require(ffn_per_token is None, "ffn_per_token", ffn_per_token, "needs experts to be added")
-    write_model(out, model, *loaded.origin)
+    write_model(out, model, **loaded.origin)
 
 
-def write_model(path: str, model: Transformer, *origin: Any) -> None:
-    """Write a checkpoint of weights alone, and print where it is; `origin` is Loaded's.
+def write_model(path: str, model: Transformer, **origin: Any) -> None:
+    """Write a checkpoint of weights alone, and print where it is; `origin` is as for `checkpoint_of`.
 
     Raises:
         InputError: there is one already.
     """
     if Path(path).exists():
         raise InputError(f"{path} exists already; name another file or remove it")
-    write_checkpoint(path, checkpoint_of(model, *origin))
+    write_checkpoint(path, checkpoint_of(model, **origin))
     print(path)
 
 

@@ -23,7 +23,7 @@ class CSVLog(Logger):
         begun_step: what was logged after this step is forgotten: a run resumed there logs it again.
     """
 
-    name = version = ""  # together a folder of ModelCheckpoint's: the run's own
+    name = version = ""  # ModelCheckpoint joins both to a folder within the run's: that itself
 
     def __init__(self, folder: str | Path, begun_step: float = math.inf) -> None:
         super().__init__()

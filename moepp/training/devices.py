@@ -90,6 +90,9 @@ class Sharded(ModelParallelStrategy):
     as well.
     """
 
+    # Lightning's own gather whole tensors, and leave the optimizer to the strategy: here the state is that of any
+    # other run, but for tensors that are sharded
+
     @property
     def lightning_restore_optimizer(self) -> bool:
         return True
@@ -124,7 +127,7 @@ class Sharded(ModelParallelStrategy):
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """The checkpoint with of every tensor what this device keeps of it."""
+        """The checkpoint, of each tensor the shard that this device keeps."""
         path = Path(self.broadcast(checkpoint_path))
         is_folder = shards.is_folder(path)
         checkpoint = read_rest(path)

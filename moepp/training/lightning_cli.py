@@ -109,19 +109,12 @@ class MoECLI(LightningCLI):
     why_precision = ""  # where nobody said which
 
     def setup_parser(self, *arguments: Any) -> None:
-        """Once, as long as nothing fails, which it would remember: it takes as long as to parse, and a study
-        resolves the options of many runs."""
+        """A parser takes as long to build as to parse with, and a study resolves the options of many runs: it is
+        used again, unless a parse has failed, which leaves traces in it."""
         if self.verb in self.parsers:
             self.parser = self.parsers.pop(self.verb)
         else:
             super().setup_parser(*arguments)
-
-    def _set_seed(self) -> None:
-        require_seed(self.config.seed_everything)
-        super()._set_seed()
-
-    def before_instantiate_classes(self) -> None:
-        require_sections(self.config)
 
     def after_instantiate_classes(self) -> None:
         getattr(self, self.verb)(self.config.ckpt_path)
@@ -137,6 +130,8 @@ class MoECLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """What a run does not say of its model is what the checkpoint says that it starts from."""
         super().parse_arguments(parser, args)
+        require_seed(self.config.seed_everything)
+        require_sections(self.config)
         init_from = self.config.model.init_from
         if init_from is not None and self.config.ckpt_path is None:  # a resumed run has its own options
             described = described_in(init_from)
@@ -300,7 +295,7 @@ class OptionsAlone(MoECLI):
     """Parses and checks, and neither seeds, builds nor runs anything."""
 
     def _set_seed(self) -> None:
-        require_seed(self.config.seed_everything)
+        pass
 
     def instantiate_classes(self) -> None:
         pass

@@ -62,6 +62,7 @@ has taught it to follow instructions, or what not to say.
 The code in this folder is from moepp, under Apache-2.0. What the model was trained on keeps its own licences.
 Whoever publishes the weights says under what licence, as `license:` at the top of this file.
 """
+NO_TOKENIZER = "It comes without a tokenizer: nobody has said which is its own. "
 LOAD = """\
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)"""
@@ -87,13 +88,10 @@ def model_card(name: str, loaded: Loaded, parameters: ParameterCount, result: di
         figures = f"No figures are given: this checkpoint {where}, and nothing was measured when it was exported."
     else:
         rows |= measured(result, moe)
-        figures = (
-            "Loss, bits per byte and FFN experts per token are of all the text that was held out from training."
-        )
+        figures = "Loss, bits per byte and FFN experts are of all the text that was held out from training."
     training = ""
-    with suppress(
-        yaml.YAMLError, AttributeError, LookupError, TypeError
-    ):  # a checkpoint need not tell what it was trained with
+    # a checkpoint need not tell what it was trained with
+    with suppress(yaml.YAMLError, AttributeError, LookupError, TypeError):
         options = yaml.safe_load(meta.get("config") or "")
         chosen = {
             part: {key: options[part][key] for key in keys if options[part].get(key) is not None}
@@ -109,9 +107,7 @@ def model_card(name: str, loaded: Loaded, parameters: ParameterCount, result: di
         table="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
         figures=figures,
         code=(LOAD if loaded.tokenizer is None else PIPELINE).format(name=name),
-        text="It comes without a tokenizer: nobody has said which is its own. "
-        if loaded.tokenizer is None
-        else "",
+        text=NO_TOKENIZER if loaded.tokenizer is None else "",
         context=loaded.model.config.context_length,
         shape=dumped({"transformer": asdict(loaded.model.config), "moe": asdict(moe)}),
         training=training,

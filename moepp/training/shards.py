@@ -50,7 +50,7 @@ def take_shards(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def put_back(checkpoint: dict[str, Any], named: dict[str, Tensor]) -> None:
-    """The inverse of `take_shards`. What is of an optimizer and finds none is left out."""
+    """The inverse of `take_shards`. Optimizer state is dropped where the checkpoint has no optimizer."""
     optimizers = checkpoint.get("optimizer_states", [{"state": {}}])
     for name, value in named.items():
         kind, _, key = name.partition(".")

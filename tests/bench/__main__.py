@@ -10,6 +10,9 @@ def main(arguments: list[str]) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `moepp` does, before torch is imported
 
     def run() -> None:
+        from moepp.system.lean import import_lightning
+
+        import_lightning()
         from tests.bench import command
 
         command.run(arguments)

@@ -5,6 +5,7 @@ T tokens, D hidden size, H intermediate size, N rows of an expert.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import median
 
 import torch
@@ -60,7 +61,7 @@ class RoutedLayer(Timed):
         self.layer = layer.to(at.device, at.dtype)
         self.x_TD = torch.randn(T, t.hidden_size, device=at.device, dtype=at.dtype).requires_grad_()
         self.previous_TE = torch.randn(T, moe.n_experts, device=at.device).requires_grad_()
-        at.compiled(self.layer)
+        at.compile(self.layer)
         super().__init__(
             lambda: [self.layer(self.x_TD, self.previous_TE)[0]],
             [self.x_TD, self.previous_TE, *self.layer.parameters()],
@@ -82,8 +83,8 @@ class RoutedLayer(Timed):
         all_rows = torch.cat([x.detach() for x in rows]).requires_grad_()
         split = peers.DenseExperts(layer.ffn.w_gate_up, layer.ffn.w_down)
         whole = peers.DenseExperts(layer.ffn.w_gate_up[:1], layer.ffn.w_down[:1])
-        self.at.compiled(split)
-        self.at.compiled(whole)
+        self.at.compile(split)
+        self.at.compile(whole)
         with torch.no_grad():
             y_TD, routing = layer(self.x_TD, self.previous_TE)
             outputs = split(rows)
@@ -126,7 +127,7 @@ def layer(at: Setting) -> Iterator[Row]:
         routed = RoutedLayer(at, moe)
         limits = routed.limits()
         for passes, run in PASSES.items():
-            rounds = at.time([bind(run, subject) for subject in (routed, *limits.values())])
+            rounds = at.time([partial(run, subject) for subject in (routed, *limits.values())])
             ms = f"{1e3 * median(ours for ours, *_ in rounds):.3g} ms"
             for i, limit in enumerate(limits, start=1):
                 ratios = [one[i] / one[0] for one in rounds]
@@ -138,7 +139,7 @@ def tau(at: Setting) -> Iterator[Row]:
     speedups = paper_speedups()
     routed = [RoutedLayer(at, VANILLA), *(RoutedLayer(at, MoEConfig(tau=tau)) for tau in speedups)]
     for passes, run in PASSES.items():
-        rounds = at.time([bind(run, subject) for subject in routed])
+        rounds = at.time([partial(run, subject) for subject in routed])
         for i, (tau, paper) in enumerate(speedups.items(), start=1):
             case, ratios = Case("tau", f"τ = {tau:g}", passes), [one[0] / one[i] for one in rounds]
             ideal = 1 / MoEConfig(tau=tau).ffn_share
@@ -163,19 +164,15 @@ def zero_computation(at: Setting) -> Iterator[Row]:
         ffn_TD = routed.layer.ffn(routed.x_TD, routing)
         parts_TD = ffn_TD + experts(routed.x_TD, routing).value(routed.x_TD)
         peers.check("layer and the sum of its parts", routed.call()[0], parts_TD)
-    at.compiled(experts)
+    at.compile(experts)
     alone = Timed(
         lambda: [experts(routed.x_TD, routing).value(routed.x_TD)],
         [routed.x_TD, routing.gates, *experts.parameters()],
     )
     for passes, run in PASSES.items():
-        rounds = at.time([bind(run, subject) for subject in (routed, alone)])
+        rounds = at.time([partial(run, subject) for subject in (routed, alone)])
         shares = [100 * theirs / whole for whole, theirs in rounds]
         yield measured(Case("zero", "τ = 0.75", passes), "% of the layer", shares)
-
-
-def bind(run: Callable[[Timed], None], subject: Timed) -> Callable[[], None]:
-    return lambda: run(subject)
 
 
 def tokens(at: Setting) -> Iterator[Row]:

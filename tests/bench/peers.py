@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moepp.model import InputError, MoEConfig, MoELayer, Routing, Transformer, TransformerConfig
+from moepp.model.hub import tensor_names as mixtral_names  # a vanilla MoE's are Mixtral's, in memory
 from moepp.model.router import Router
+from moepp.model.weights import dense_names, taken_apart
 
 # ---- forced routing ----------------------------------------------------------------------------------------
 
@@ -134,15 +136,9 @@ def to_mixtral(model: Transformer, back_end: str) -> nn.Module:
     cast_for_grouped_mm()
     moe = model.moe_config
     config = MixtralConfig(**sizes(model.config), num_local_experts=moe.n_ffn, num_experts_per_tok=moe.top_k)
-    state = dense_state(model)
-    for i, block in enumerate(blocks(model)):
-        layer = f"model.layers.{i}.mlp"
-        state[f"{layer}.gate.weight"] = block.moe.router.weights[0]
-        state[f"{layer}.experts.gate_up_proj"] = block.moe.ffn.w_gate_up
-        state[f"{layer}.experts.down_proj"] = block.moe.ffn.w_down
     mixtral = MixtralForCausalLM(config)
     mixtral.set_experts_implementation(back_end)
-    return filled(mixtral, state)
+    return filled(mixtral, taken_apart(model, mixtral_names(model.config, moe)))
 
 
 @cache
@@ -166,7 +162,7 @@ def to_llama(model: Transformer) -> nn.Module:
     """transformers' LlamaForCausalLM with the weights of a `model` of a single FFN expert."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    state = dense_state(model)
+    state = taken_apart(model, dense_names(model.config))
     for i, block in enumerate(blocks(model)):
         layer = f"model.layers.{i}.mlp"
         state[f"{layer}.gate_proj.weight"], state[f"{layer}.up_proj.weight"] = block.moe.ffn.w_gate_up[0].chunk(2)
@@ -195,26 +191,8 @@ def sizes(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def dense_state(model: Transformer) -> dict[str, Tensor]:
-    """All but the experts, under transformers' names."""
-    state = {
-        "model.embed_tokens.weight": model.embedding.weight,
-        "model.norm.weight": model.norm.weight,
-        "lm_head.weight": model.head.weight,
-    }
-    for i, block in enumerate(blocks(model)):
-        layer = f"model.layers.{i}"
-        qkv = block.attention.qkv.weight.split(block.attention.widths)
-        for name, weight in zip("qkv", qkv, strict=True):
-            state[f"{layer}.self_attn.{name}_proj.weight"] = weight
-        state[f"{layer}.self_attn.o_proj.weight"] = block.attention.output.weight
-        state[f"{layer}.input_layernorm.weight"] = block.attention_norm.weight
-        state[f"{layer}.post_attention_layernorm.weight"] = block.moe_norm.weight
-    return state
-
-
 def filled(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    model.load_state_dict({name: value.detach() for name, value in state.items()}, strict=True)
+    model.load_state_dict(state, strict=True)
     return model.train()
 
 

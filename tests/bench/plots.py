@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import matplotlib.ticker
 import numpy as np
 from matplotlib.axes import Axes
 
-from moepp.study.style import BLACK, BLUE, GREEN, ORANGE, PINK, STYLE, save
+from moepp.study.style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, STYLE, interval_bars, save
 from tests.bench.setting import BOTH, FORWARD, Row
 
 COLOURS = {FORWARD: ORANGE, BOTH: BLUE}
@@ -23,7 +24,7 @@ def bench(path: Path, rows: Sequence[Row]) -> None:
             chosen = [row for row in measured if row.case.section == "tau" and row.case.passes == passes]
             points(by_tau, chosen, colour, passes)
         taus = [row.x for row in chosen]
-        by_tau.plot(taus, [row.ideal for row in chosen], color="#7F7F7F", linestyle="--", label="ideal")
+        by_tau.plot(taus, [row.ideal for row in chosen], color=GREY, linestyle="--", label="ideal")
         paper = [row.paper * row.ideal for row in chosen if row.paper and row.ideal]
         by_tau.plot(taus, paper, color=PINK, linestyle=":", marker="s", label="paper, 0.6B (forward)")
         by_tau.set_yscale("log")
@@ -33,7 +34,7 @@ def bench(path: Path, rows: Sequence[Row]) -> None:
         by_tau.set_title("layer: speed-up over vanilla MoE")
 
         chosen = [row for row in measured if row.case.section == "step" and row.ours is not None]
-        bars(steps, chosen, [GREEN if row.ours else "#7F7F7F" for row in chosen])
+        bars(steps, chosen, [GREEN if row.ours else GREY for row in chosen])
         steps.set_title("training step: tokens/s")
         chosen = [row for row in measured if row.case.section == "layer"]
         bars(limits, chosen, [COLOURS[row.case.passes] for row in chosen])
@@ -57,9 +58,9 @@ def points(axes: Axes, rows: Sequence[Row], colour: str, label: str) -> None:
     """Medians with quartiles."""
     x = [row.x for row in rows]
     middle = np.array([row.value for row in rows], dtype=float)
-    quartiles = np.array([row.quartiles for row in rows], dtype=float).reshape(-1, 2)
-    spread = [middle - quartiles[:, 0], quartiles[:, 1] - middle]
-    axes.errorbar(x, middle, yerr=spread, color=colour, marker="o", capsize=3, linewidth=2, label=label)
+    lower, upper = np.array([row.quartiles for row in rows], dtype=float).reshape(-1, 2).T
+    style: dict[str, Any] = {"color": colour, "marker": "o", "capsize": 3, "linewidth": 2}
+    interval_bars(axes, x, middle, lower, upper, label=label, **style)
 
 
 def bars(axes: Axes, rows: Sequence[Row], colours: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,19 +133,19 @@ class Setting:
         """Seconds of one call of each function, by round."""
         calls = self.sizes.calls
 
-        def repeated(function: Callable[[], object]) -> Callable[[], object]:
-            return lambda: [function() for _ in range(calls)] and None
+        def repeat(function: Callable[[], object]) -> None:
+            for _ in range(calls):
+                function()
 
-        timed = functions if calls == 1 else [repeated(function) for function in functions]
-        rounds = in_turn(timed, self.device, self.rounds, self.seconds)
+        repeated = [partial(repeat, function) for function in functions]
+        rounds = in_turn(repeated, self.device, self.rounds, self.seconds)
         return [[seconds / calls for seconds in one] for one in rounds]
 
     def autocast(self) -> torch.autocast:
         """As `moepp fit` trains in this precision."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.precision == "bf16-mixed")
 
-    def compiled(self, module: nn.Module) -> nn.Module:
+    def compile(self, module: nn.Module) -> None:
         """As in the recipes for GPUs; a CPU is not compiled for (recipes/results/LOG.md)."""
         if self.device.type == "cuda":
             module.compile()
-        return module

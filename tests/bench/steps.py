@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from moepp.model import MoEConfig, Transformer, TransformerConfig, flops_per_token, linear_cross_entropy
+from moepp.model import MoEConfig, Transformer, TransformerConfig, linear_cross_entropy, training_flops_per_token
 from moepp.study.timing import TrainingStep
 from moepp.system.machine import peak_flops
 from moepp.training.module import LitMoE
@@ -203,7 +203,8 @@ def step(at: Setting) -> Iterator[Row]:
     for name, moe in ((OURS, MoEConfig(tau=0.75)), (BARE, VANILLA)):
         config, peak = at.sizes.transformer, peak_flops(at.device, at.precision)
         ffn_per_token = moe.expected_ffn_per_token  # as it is forced
-        flops = 3 * flops_per_token(config, moe, config.context_length, ffn_per_token) * models.tokens_BS.numel()
+        flops_per_token = training_flops_per_token((config, moe), config.context_length, ffn_per_token)
+        flops = flops_per_token * models.tokens_BS.numel()
         peaks = [peak or 2 * MATMUL**3 / s for s in matmul]
         unit = DATA_SHEET if peak else f"% of a {MATMUL}² product's FLOP/s"
         shares = [100 * flops / s / most for s, most in zip(seconds[name], peaks, strict=True)]
@@ -274,7 +275,7 @@ def mfu(at: Setting) -> Iterator[Row]:
     with torch.no_grad(), at.autocast():
         computed = model.training_step({"inputs": tokens_BS, "targets": tokens_BS}, 0)["ffn_assignments"]
     ffn_per_token = float(computed) / tokens_BS.numel() / transformer.n_layers
-    flops = 3 * flops_per_token(transformer, moe, seq_len, ffn_per_token) * tokens_BS.numel()
+    flops = training_flops_per_token((transformer, moe), seq_len, ffn_per_token) * tokens_BS.numel()
     seconds = [s for (s,) in at.time([one])]
     note = f"{tokens_BS.numel() / median(seconds):,.0f} tokens/s, {ffn_per_token:.2f} FFN experts per token"
     yield measured(case, DATA_SHEET, [100 * flops / s / peak for s in seconds], note=note)

@@ -79,8 +79,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
     for i, name in enumerate(MODELS):
         folder, model = root / f"model-{i}", build(name)
-        origin = vocabulary.tokenizer_json, vocabulary.end_of_text, "a sentence", "its hash"
-        write_checkpoint(f"{folder}.ckpt", checkpoint_of(model, *origin))
+        origin = {"tokenizer_json": vocabulary.tokenizer_json, "end_of_text": vocabulary.end_of_text}
+        origin |= {"data": "a sentence", "data_hash": "its hash"}
+        write_checkpoint(f"{folder}.ckpt", checkpoint_of(model, **origin))
         said("export", str(folder), f"--ckpt={folder}.ckpt", "--format=hf")
         with torch.no_grad():
             save_file({"tokens": tokens(), "logits": model(tokens()).logits}, folder / "tokens.safetensors")
@@ -287,8 +288,9 @@ def test_an_imported_tokenizer_goes_on_as_it_was(workdir: Path) -> None:
     theirs.add_special_tokens(["<s>", "</s>"])
     start = theirs.token_to_id("<s>")
     theirs.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
-    origin = theirs.to_str(), theirs.token_to_id("</s>"), "what somebody else knows"
-    write_checkpoint("model.ckpt", checkpoint_of(build("dense"), *origin))
+    tokenizer_json, end = theirs.to_str(), theirs.token_to_id("</s>")
+    content = checkpoint_of(build("dense"), tokenizer_json=tokenizer_json, end_of_text=end, data="somebody else's")
+    write_checkpoint("model.ckpt", content)
     said("export", "out", "--ckpt=model.ckpt", "--format=hf")
     tokenizer = AutoTokenizer.from_pretrained("out")
     assert tokenizer("a copy").input_ids == theirs.encode("a copy").ids
@@ -299,8 +301,8 @@ def test_an_imported_tokenizer_goes_on_as_it_was(workdir: Path) -> None:
         == said("generate", "--prompt=a copy", "--temperature=0", "--max_new_tokens=12", "--ckpt=model.ckpt")[:-1]
     )
     said("import", "out", "again.ckpt")
-    assert load("again.ckpt").meta["end_of_text"] == origin[1]
-    assert json.loads(load("again.ckpt").meta["tokenizer"]) == json.loads(origin[0])
+    assert load("again.ckpt").meta["end_of_text"] == end
+    assert json.loads(load("again.ckpt").meta["tokenizer"]) == json.loads(tokenizer_json)
 
 
 def damage(**changes: Any) -> Any:

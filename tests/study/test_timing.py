@@ -23,9 +23,8 @@ def test_rounds_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append("slow")
         clock[0] += 8
 
-    monkeypatch.setattr("moepp.study.timing.SECONDS", 0.0)
     monkeypatch.setattr("moepp.study.timing.time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    rounds = in_turn([fast, slow], CPU)
+    rounds = in_turn([fast, slow], CPU, 5, 0.0)
     assert rounds == [[2.0, 8.0]] * 5
     assert calls[:8] == ["slow", "fast", "fast", "slow", "slow", "fast", "fast", "slow"]
 

@@ -63,7 +63,7 @@ def run(verb: str, arguments: list[str]) -> None:
         if name not in contents:
             raise InputError(f"{name}: {options.matrix} says nothing of it, as recipes/compare.yaml does")
         settings |= contents[name]
-    settings |= {name: value for name, value in vars(options).items() if value is not None}
+    settings |= {name: value for name in ("seeds", "jobs") if (value := getattr(options, name)) is not None}
     for name in ("seeds", "jobs"):
         if not isinstance(settings[name], int) or not 1 <= settings[name] <= MOST:
             raise InputError(f"{name}: must be from 1 to {MOST}, got {settings[name]}")
@@ -71,7 +71,8 @@ def run(verb: str, arguments: list[str]) -> None:
     out = options.out or Path("runs") / "-".join([options.matrix.stem, *versions])
     matrix = resolve(options.matrix, settings, base, overrides, out)
     to_tune, part_of_steps = settings["options"] if options.tune else {}, settings["part_of_steps"]
-    tries = [trial.run for trial in search(matrix, to_tune, part_of_steps, out, check).trials]  # as far as known
+    # as far as they are known: what is not finished is checked, not run
+    tries = [trial.run for trial in search(matrix, to_tune, part_of_steps, out, execute=check).trials]
     runs = matrix.runs(settings["seeds"], out)
     if not options.tune:
         refuse_changed_options(runs)
@@ -122,7 +123,7 @@ def convert(start: Start, runs: list[Run]) -> None:
             loaded = load(trained)
             model = add_zero_computation(loaded.model, *added, noise=run.variant.noise, seed=run.seed)
             path = start.checkpoint(run.seed, run.variant.name)
-            write_checkpoint(path, checkpoint_of(model, *loaded.origin))
+            write_checkpoint(path, checkpoint_of(model, **loaded.origin))
 
 
 def check(tries: list[Run]) -> None:

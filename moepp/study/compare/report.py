@@ -44,8 +44,10 @@ def write(matrix: Matrix, runs: list[Run], search: Search, out: Path, command: s
 
 def draw(results: Results, folder: Path) -> list[str]:
     """Draw what there is data for. Returns the names of these plots."""
-    drawn = []
-    for plot in PLOTS if len(results.variants) else ():
+    drawn: list[str] = []
+    if results.variants.empty:
+        return drawn
+    for plot in PLOTS:
         with plt.rc_context(STYLE):
             if (figure := plot(results)) is not None:
                 save(figure, folder / f"{plot.__name__}.png")

@@ -99,7 +99,10 @@ def execute(runs: list[Run], workers: Workers) -> None:
                     steps[run.name] = steps_done(run)
                     if process.poll() is not None:
                         del busy[slot]
-                        keep_weights_alone(run) if run.finished else write_failure(run, process.returncode)
+                        if run.finished:
+                            keep_weights_alone(run)
+                        else:
+                            write_failure(run, process.returncode)
                         steps[run.name], n_ended = run.variant.steps, n_ended + 1
                         line = f"[{n_ended}/{len(runs)}] {run.name}: {run.failure or 'done'}"
                         progress.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -21,6 +21,8 @@ from moepp.training.checkpoint import last_checkpoint, read_checkpoint
 from moepp.training.module import LitMoE
 from moepp.training.start import DistillConfig
 
+LEAST_ROUNDS, SECONDS = 5, 3.0  # of a measurement
+
 
 def measure(matrix: Matrix, runs: list[Run]) -> dict[str, dict[str, float]]:
     """By variant: one of its trained models against the reference's; that against itself shows the noise."""
@@ -48,8 +50,8 @@ def compare(run: Run, reference: Run, device: torch.device) -> dict[str, float]:
     Expert forward is of FFN and zero-computation experts alone, given the routing.
     """
     models = [trained_model(run, device), trained_model(reference, device)]
-    steps = in_turn([model.training_step for model in models], device)
-    experts = in_turn([model.expert_forward() for model in models], device)
+    steps = in_turn([model.training_step for model in models], device, LEAST_ROUNDS, SECONDS)
+    experts = in_turn([model.expert_forward() for model in models], device, LEAST_ROUNDS, SECONDS)
     return {
         "speed_tokens_per_second": models[0].batch["inputs"].numel() / median(seconds for seconds, _ in steps),
         **ratio("speed_training", steps),

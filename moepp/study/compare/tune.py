@@ -79,7 +79,7 @@ def search(
     Raises:
         InputError: an option is unknown, or a variant has failed with all values of one.
     """
-    best = {v.name: Trial(v, present(matrix, v, options), out, part_of_steps) for v in matrix.variants}
+    best = {v.name: Trial(v, current_values(matrix, v, options), out, part_of_steps) for v in matrix.variants}
     trials: dict[Path, Trial] = {}  # by folder: a value may be the present one
     for option, values in options.items():
         stage = [
@@ -106,7 +106,7 @@ def matters(option: str, variant: Variant) -> bool:
     return option != "model.moe.balance_weight" or variant.moe.n_experts > 1
 
 
-def present(matrix: Matrix, variant: Variant, options: dict[str, list[float]]) -> dict[str, float]:
+def current_values(matrix: Matrix, variant: Variant, options: dict[str, list[float]]) -> dict[str, float]:
     """The values that the variant has without a search."""
 
     def value(option: str) -> Any:

@@ -22,9 +22,9 @@ from moepp.model.config import require
 from moepp.study.eval.difficulty import difficulty, score_of
 from moepp.study.eval.model import MoEppLM
 from moepp.study.figures import finding_figures, paper_figures
-from moepp.study.figures.command import experts, summary
+from moepp.study.figures.command import experts
 from moepp.study.figures.findings import Bootstrap, findings
-from moepp.study.figures.page import page, write_csv, write_pictures
+from moepp.study.figures.page import publish, write_csv
 from moepp.study.figures.parts_of_speech import token_texts
 from moepp.study.figures.picture import KIND_NAMES
 from moepp.study.figures.routing_stats import DocumentPassages, RoutingCounts
@@ -103,9 +103,6 @@ def run(verb: str, arguments: list[str]) -> None:
     (folder / "results.json").write_text(text, encoding="utf-8")
     of_tasks, scatters, too_few = difficulty(results["results"], measured)
     found = sorted([*findings(measured), *of_tasks], key=lambda finding: finding.number)
-    drawn, missing = write_pictures(measured, folder, [*BY_TASK, *scatters])
-    missing |= too_few
-    write_csv(pd.DataFrame([finding.row() for finding in found]), folder / "findings.csv")
     write_csv(pd.DataFrame([numbers(name, results) for name in tasks]), folder / "tasks.csv")
     rows = [row(name, results) for name in tasks]
     about = {
@@ -114,16 +111,6 @@ def run(verb: str, arguments: list[str]) -> None:
         "command": shlex.join(["moepp", verb, *arguments]),
     }
     notes = remarks(lm, results, list(tasks))
-    html = page(
-        title="Scores and experts, task by task",
-        tasks=rows,
-        about=about | {f"note {i}": note for i, note in enumerate(notes, 1)},
-        findings=found,
-        pictures=drawn,
-        missing=missing,
-        bootstrap=measured,
-    )
-    (folder / "index.html").write_text(html, encoding="utf-8")
     table = Table(box=None, pad_edge=False, title="scores; experts per token, by kind; requests cut")
     for name in rows[0]:
         table.add_column(name, overflow="fold")  # an ellipsis would hide which task it is
@@ -132,8 +119,9 @@ def run(verb: str, arguments: list[str]) -> None:
     Console().print(table)
     for note in notes:
         print(note)
-    summary(found, missing)
-    print(folder / "index.html")
+    about |= {f"note {i}": note for i, note in enumerate(notes, 1)}
+    title, pictures = "Scores and experts, task by task", [*BY_TASK, *scatters]
+    publish(folder, measured, found, too_few, pictures, rows, title=title, about=about)
 
 
 def number_of_documents(task: Any, limit: float | None) -> int:

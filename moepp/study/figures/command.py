@@ -5,16 +5,13 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
 from jsonargparse import auto_cli
-from rich.console import Console
-from rich.table import Table
 from tokenizers import Tokenizer
 
 from moepp.model import InputError, Transformer
 from moepp.study.figures.compute_curve import read_at_budgets
-from moepp.study.figures.findings import Bootstrap, Finding, findings
-from moepp.study.figures.page import page, write_csv, write_pictures
+from moepp.study.figures.findings import Bootstrap, findings
+from moepp.study.figures.page import publish
 from moepp.study.figures.parts_of_speech import PartsOfSpeech, fetch_lexicon, token_texts
 from moepp.study.figures.read_text import read_text
 from moepp.study.figures.routing_stats import RoutingCounts
@@ -77,25 +74,10 @@ def run(verb: str, arguments: list[str]) -> None:
     bootstrap = Bootstrap(counts)
     folder = Path(options.out) if options.out else results_folder(ckpt, "figures")
     folder.mkdir(parents=True, exist_ok=True)
-    drawn, missing = write_pictures(bootstrap, folder)
-    missing |= untagged
-    found = findings(bootstrap)
-    write_csv(pd.DataFrame([finding.row() for finding in found]), folder / "findings.csv")
     n_tokens, n_domains = counts.token_n.sum(), len(counts.domains)
     about["text"] = f"{text.name}: {n_tokens:,} tokens of {n_domains} domain{'s' * (n_domains > 1)}"
     about["command"] = shlex.join(["moepp", verb, *arguments])
-    html = page(
-        title="Inside the router",
-        tasks=[],
-        about=about,
-        findings=found,
-        pictures=drawn,
-        missing=missing,
-        bootstrap=bootstrap,
-    )
-    (folder / "index.html").write_text(html, encoding="utf-8")
-    summary(found, missing)
-    print(folder / "index.html")
+    publish(folder, bootstrap, findings(bootstrap), untagged, title="Inside the router", about=about)
 
 
 def open_text(options: Options, loaded: Loaded, tokenizer: Tokenizer, seq_len: int) -> HeldOut:
@@ -117,17 +99,6 @@ def open_text(options: Options, loaded: Loaded, tokenizer: Tokenizer, seq_len: i
     except InputError as error:
         raise InputError(f"{path} does not exist, and as a task: {error}") from error
     return held_out_text(source, path, tokenizer, loaded.end_of_text, seq_len)
-
-
-def summary(found: list[Finding], missing: dict[str, str]) -> None:
-    """Findings in the terminal, and what was not drawn."""
-    table = Table("", "finding", "measured [95 %]", "holds here", box=None, pad_edge=False)
-    for finding in found:
-        table.add_row(str(finding.number), finding.claim, str(finding.estimate).replace("[", r"\["), finding.holds)
-    console = Console()
-    console.print(table)
-    for what, why in missing.items():
-        console.print(f"not drawn: {what}: {why}", markup=False)
 
 
 def experts(model: Transformer) -> str:

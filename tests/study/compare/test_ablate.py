@@ -47,7 +47,7 @@ def command(text_file: Path) -> list[str]:
 @pytest.fixture(scope="session", autouse=True)
 def quick_timing() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moepp.study.timing.SECONDS", 0.0)
+        patch.setattr("moepp.study.compare.speed.SECONDS", 0.0)
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
 

@@ -32,7 +32,7 @@ MATRIX = {
 def test_every_variant_goes_on_from_the_trained_model(
     text_file: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moepp.study.timing.SECONDS", 0.0)
+    monkeypatch.setattr("moepp.study.compare.speed.SECONDS", 0.0)
     (workdir / "m.yaml").write_text(yaml.safe_dump(MATRIX))
     options = [option for option in tiny(text_file) if not option.startswith("--config")]
     command = ["ablate", "--matrix=m.yaml", "--jobs=2", "--trainer.max_steps=8", *options]

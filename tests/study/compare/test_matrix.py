@@ -96,7 +96,8 @@ def test_the_seed_reaches_weights_and_data(tmp_path: Path) -> None:
 def test_a_variant_has_the_vocabulary_of_what_it_starts_from(tmp_path: Path) -> None:
     """Which need not be padded, as one of the data would be."""
     sizes = TransformerConfig(96, 1, 8, 8, 2)
-    write_checkpoint(tmp_path / "a.ckpt", checkpoint_of(Transformer(sizes, MoEConfig()), None, None, None, None))
+    content = checkpoint_of(Transformer(sizes, MoEConfig()), tokenizer_json=None, end_of_text=None, data="text")
+    write_checkpoint(tmp_path / "a.ckpt", content)
     start = [f"--model.init_from={tmp_path / 'a.ckpt'}"]
     assert load("compare.yaml", start).reference.transformer.vocab_size == 96
     assert load("compare.yaml", ["--data.vocab_size=400"]).reference.transformer.vocab_size == 448

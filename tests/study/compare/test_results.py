@@ -61,7 +61,9 @@ def test_flops_by_hand(tmp_path: Path) -> None:
 
 def test_a_teacher_reads_every_token_as_well(tmp_path: Path) -> None:
     teacher = Transformer(TransformerConfig(320, **SIZES), MoEConfig(**VANILLA))
-    write_checkpoint(tmp_path / "teacher.ckpt", checkpoint_of(teacher, None, None, "text"))
+    write_checkpoint(
+        tmp_path / "teacher.ckpt", checkpoint_of(teacher, tokenizer_json=None, end_of_text=None, data="text")
+    )
     distilled = variant("a", VANILLA, teacher=str(tmp_path / "teacher.ckpt"))
     others = 128 + 48 + 16 + 2560  # as above
     assert distilled.training_flops_per_token(1.5) == 3 * (others + 1.5 * 192) + others + 2 * 192
