@@ -12,10 +12,11 @@ from typing import Any
 
 import yaml
 
-from moepp.model import InputError, MoEConfig, TransformerConfig, training_flops_per_token
+from moepp.model import InputError, MoEConfig, TransformerConfig, flops_per_token, training_flops_per_token
 from moepp.system.files import read_yaml
 from moepp.training import lightning_cli
 from moepp.training.checkpoint import configs_in, step_path
+from moepp.training.module import CALIBRATION_TOKENS
 from moepp.training.start import BudgetConfig, described_in
 
 PLOTS = ("curves", "tau", "constants", "compute", "frontier")
@@ -92,11 +93,26 @@ class Variant:
             configs = configs_in(described_in(teacher))
         return training_flops_per_token((self.transformer, self.moe), seq_len, ffn_per_token, configs)
 
+    @property
+    def calibration_flops(self) -> float:
+        """Of reading training text again at the end, to set the budget by it (LitMoE.on_train_end)."""
+        if self.moe.ffn_budget is None:
+            return 0.0
+        sizes, seq_len = self.transformer, self.options["data"]["seq_len"]
+        head = 2 * sizes.vocab_size * sizes.hidden_size  # which it does without
+        forward = flops_per_token(sizes, self.moe, seq_len, self.moe.ffn_budget) - head
+        return min(self.tokens, CALIBRATION_TOKENS) * forward
+
     def training_flops(self) -> float:
         """Of one run, with the FFN experts per token that theory expects."""
         budget, end = BudgetConfig(**self.options["model"]["budget"]), self.moe.expected_ffn_per_token
         ffn_per_token = fmean(budget.at(step, self.steps, end) for step in range(self.steps))
-        return self.tokens * self.training_flops_per_token(ffn_per_token)
+        return self.tokens * self.training_flops_per_token(ffn_per_token) + self.calibration_flops
+
+    def training_time(self) -> float:
+        """Of one run, in micro-batches: calibration takes as many as have its FLOPs."""
+        flops = self.training_flops()
+        return self.micro_batches * flops / (flops - self.calibration_flops)
 
 
 @dataclass(frozen=True)
@@ -273,7 +289,8 @@ def with_equal_flops(variants: dict[str, Variant]) -> dict[str, Variant]:
     found = {}
     for name, own in variants.items():
         if own.flops_of is not None:
-            steps = own.steps * (variants[own.flops_of].training_flops() / own.training_flops())
+            aside, others = own.calibration_flops, variants[own.flops_of].training_flops()
+            steps = own.steps * ((others - aside) / (own.training_flops() - aside))
             steps = math.floor(steps + 1e-6)  # the same where it is computed again
             own = own.with_options({"trainer.max_steps": max(1, steps)})
         found[name] = own

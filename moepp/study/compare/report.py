@@ -19,6 +19,7 @@ from moepp.study.compare.runs import by_commit
 from moepp.study.compare.tune import Search, matters
 from moepp.study.style import STYLE, save
 from moepp.training.metrics import BITS, FINAL
+from moepp.training.module import CALIBRATION_TOKENS
 
 PLOTS = (plots.differences, plots.curves, plots.constants, plots.tau, plots.compute, plots.frontier, plots.tune)
 Row = dict[str, Any]  # of `Results.variants`
@@ -77,6 +78,7 @@ def markdown(
         trials=results.trials.to_dict("records"),
         tuning=results.trials.sum(numeric_only=True),
         tuned=tuned,
+        calibration_tokens=CALIBRATION_TOKENS,
         idle=[v.name for v in results.matrix.variants for option in tuned if not matters(option, v)],
         commits=[c if c == of_most else f"{c} made {', '.join(names)}" for c, names in commits.items()],
         domains=[name.removeprefix(f"{FINAL}{BITS}/") for name in results.runs.filter(like=f"{FINAL}{BITS}/")],

@@ -91,7 +91,8 @@ def read_trials(search: Search) -> pd.DataFrame:
 
 
 def read_curve(run: Run) -> tuple[pd.DataFrame, float]:
-    """Validation `loss` by step, with `tokens` and `flops` (as measured) of training by then; the FLOPs in all.
+    """Validation `loss` by step, with `tokens` and `flops` (as measured) of training by then; the FLOPs in all,
+    calibration's too.
 
     Raises:
         InputError: metrics.csv cannot be read or holds no training step.
@@ -113,7 +114,8 @@ def read_curve(run: Run) -> tuple[pd.DataFrame, float]:
         "flops": np.interp(at, steps, [0, *flops]),
         "loss": validated[VAL + LOSS].to_numpy(),
     }
-    return pd.DataFrame(columns, index=pd.Index(at, name="step")), float(flops.iloc[-1])
+    in_all = float(flops.iloc[-1]) + run.variant.calibration_flops
+    return pd.DataFrame(columns, index=pd.Index(at, name="step")), in_all
 
 
 def compare(
@@ -155,7 +157,7 @@ def compare(
     for quantity, figures in variant.paper.items():
         row |= {f"paper_{quantity}/{size}": figure for size, figure in figures.items()}
     if speed:
-        row["speed_training_time"] = variant.micro_batches / reference.micro_batches / speed["speed_training"]
+        row["speed_training_time"] = variant.training_time() / reference.training_time() / speed["speed_training"]
     if variant is reference:
         row["loss_difference_verdict"] = row["equal_flops_loss_difference_verdict"] = REFERENCE
     return row

@@ -60,12 +60,12 @@ def test_compare_is_vanilla_against_the_recipe_with_overrides_in_both() -> None:
     vanilla, shorter, moepp = matrix.variants
     assert (vanilla.name, shorter.name, moepp.name) == ("vanilla", "vanilla_equal_flops", "moepp")
     for variant in matrix.variants:
-        assert (variant.steps, variant.moe.n_ffn) == (5 if variant is shorter else 7, 4)
+        assert (variant.steps, variant.moe.n_ffn) == (6 if variant is shorter else 7, 4)
         assert variant.options["data"]["vocab_size"] == 8192
     changed = {key for key, *_ in differences(vanilla.options, moepp.options)}
     switches = ("n_zero", "n_copy", "n_const", "gating_residual", "ffn_budget")
     assert changed == {f"model.moe.{key}" for key in switches}
-    assert list(differences(vanilla.options, shorter.options)) == [("trainer.max_steps", 7, 5)]
+    assert list(differences(vanilla.options, shorter.options)) == [("trainer.max_steps", 7, 6)]
 
 
 def test_what_asks_about_one_thing_changes_one_thing() -> None:
@@ -81,8 +81,9 @@ def test_a_scheduled_budget_costs_what_it_is_on_the_way() -> None:
     scheduled, held, longer = (variants[name] for name in ("schedule_0.8", "moepp_0.8", "longer_0.8"))
     # twenty steps from 1.9 on the way to 0.8, 9.5 of them on average, then twenty of 0.8
     mean = (1.9 - 1.1 * 9.5 / 20 + 0.8) / 2
-    assert scheduled.training_flops() == pytest.approx(40 * 2048 * held.training_flops_per_token(mean))
-    assert longer.steps == int(40 * scheduled.training_flops() / held.training_flops())
+    trained = 40 * 2048 * held.training_flops_per_token(mean)
+    assert scheduled.training_flops() == pytest.approx(trained + held.calibration_flops)
+    assert longer.steps == int(trained / (2048 * held.training_flops_per_token(0.8)))
 
 
 def test_the_seed_reaches_weights_and_data(tmp_path: Path) -> None:
