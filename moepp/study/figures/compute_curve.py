@@ -24,7 +24,7 @@ MOST_TOKENS = 1 << 16  # of the text: it is read once for every budget
 def read_at_budgets(text: HeldOut, n_tokens: int, seq_len: int, model: Transformer) -> pd.DataFrame | None:
     """A row for each budget: `budget`; `ffn_per_token`, as measured; `loss`, the mean over the tokens of equally
     spaced windows, but for their first; `loss_difference` to the budget of the training, with its 95 % interval
-    over windows; `trained`, whether it is that budget. None where the model has none.
+    over windows, taken as independent; `trained`, whether it is that budget. None where the model has none.
 
     Args:
         n_tokens: of the text.
@@ -76,7 +76,8 @@ def compute(measured: Bootstrap) -> Drawn:
     sentence = (
         f"Trained at {trained.budget:.2f} FFN experts per token, where its loss is {trained.loss:.3f}. Given "
         f"{least.ffn_per_token:.2f}, the loss changes by {least.loss_difference:+.3f}; given "
-        f"{most.ffn_per_token:.2f}, by {most.loss_difference:+.3f}. Intervals: 95 %, over sequences."
+        f"{most.ffn_per_token:.2f}, by {most.loss_difference:+.3f}. Intervals: 95 %, of this model, "
+        "over sequences as if independent."
     )
     figure, axes = plt.subplots(figsize=(6.5, 4))
     difference = Estimate(*(table[f"loss_difference{part}"].to_numpy() for part in ("", "_low", "_high")))

@@ -92,7 +92,8 @@ class Bootstrap:
         return replace(estimate, value=2 * estimate.value - quietly(statistic, self.resampled).mean(0))
 
     def chance(self, statistic: Statistic) -> np.ndarray:
-        """What a difference between domains reaches (97.5 %) where passages are shuffled over domains."""
+        """What a difference between domains reaches (97.5 %) where passages are shuffled over domains. What chance
+        adds is still in it, though not in `above_chance`: the bar is on the safe side."""
         return np.quantile(quietly(statistic, self.shuffled), 0.975, axis=0)
 
 
