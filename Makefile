@@ -28,6 +28,7 @@ help: ## this list
 setup: $(VENV)/.done ## make .venv and install what is needed, once
 
 $(VENV)/.done: pyproject.toml constraints.txt
+	@echo 'installing into $(VENV): a few minutes, once'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,study,hf,eval]'
 	@touch $@
@@ -36,19 +37,19 @@ data: setup ## text → tokenizer → token files (a second call does nothing)
 	$(MOEPP) prepare '$(or $(DATA),data/corpus.yaml)' $(ARGS)
 
 train: setup ## train RECIPE on DATA
-	$(MOEPP) fit --config $(RECIPE) $(DATA_ARG) $(ARGS)
+	$(MOEPP) fit --config $(RECIPE) $(ARGS) $(DATA_ARG)
 
 compare: setup ## vanilla MoE against MoE++ over 3 seeds: a table, a report (ARGS=--quick, ARGS=--dry_run)
-	$(MOEPP) ablate --matrix recipes/compare.yaml $(BASE_ARG) $(DATA_ARG) $(ARGS)
+	$(MOEPP) ablate --matrix recipes/compare.yaml $(BASE_ARG) $(ARGS) $(DATA_ARG)
 
 ablate: setup ## the same for the paper's ablations
-	$(MOEPP) ablate --matrix recipes/ablate.yaml $(BASE_ARG) $(DATA_ARG) $(ARGS)
+	$(MOEPP) ablate --matrix recipes/ablate.yaml $(BASE_ARG) $(ARGS) $(DATA_ARG)
 
 frontier: setup ## loss against expert compute: dense, vanilla and MoE++ at four budgets over 3 seeds (ARGS=--quick)
-	$(MOEPP) ablate --matrix recipes/frontier.yaml $(BASE_ARG) $(DATA_ARG) $(ARGS)
+	$(MOEPP) ablate --matrix recipes/frontier.yaml $(BASE_ARG) $(ARGS) $(DATA_ARG)
 
 convert: setup ## a trained vanilla MoE into MoE++, four ways over 3 seeds: what it costs and saves (ARGS=--quick)
-	$(MOEPP) ablate --matrix recipes/convert.yaml $(DATA_ARG) $(ARGS)
+	$(MOEPP) ablate --matrix recipes/convert.yaml $(ARGS) $(DATA_ARG)
 
 figures: setup ## what the router does: CKPT=…, or the newest checkpoint, on held-out text
 	$(MOEPP) figures $(if $(CKPT),--ckpt='$(CKPT)') $(DATA_ARG) $(ARGS)
@@ -70,7 +71,7 @@ $(VENV)/.bench: $(VENV)/.done
 	@touch $@
 
 resume: setup ## continue the newest run of RECIPE
-	$(MOEPP) fit --config $(RECIPE) $(DATA_ARG) --ckpt_path last $(ARGS)
+	$(MOEPP) fit --config $(RECIPE) --ckpt_path last $(ARGS) $(DATA_ARG)
 
 generate: setup ## PROMPT="…": text from the newest checkpoint, or from CKPT=…
 	@$(MOEPP) generate --prompt="$$PROMPT" $(if $(CKPT),--ckpt='$(CKPT)') $(ARGS)

@@ -107,7 +107,9 @@ def write_config(transformer: TransformerConfig, moe: MoEConfig) -> dict[str, An
     for name, value in (HELD | PLAIN).items():
         part, config = ("moe", moe) if hasattr(moe, name) else ("transformer", transformer)
         if (said := getattr(config, name)) != value:
-            raise InputError(f"{part}.{name}: the released format holds exactly {value}, got {said}")
+            raise InputError(
+                f"{part}.{name}: the released format holds exactly {value}, got {said}; --format=hf holds any"
+            )
     mixtral_gating = not moe.renormalize_without_zero
     if moe.scale_expert_input not in ((1.0,) if mixtral_gating else (1.0, float(HELD["top_k"]))):
         raise InputError(f"moe.scale_expert_input: the released format cannot hold {moe.scale_expert_input}")

@@ -83,7 +83,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU threads"
+    return f"{(n := torch.get_num_threads())} CPU thread{'s' * (n > 1)}"
 
 
 def keep_freed_memory(device: torch.device) -> None:

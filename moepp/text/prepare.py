@@ -95,7 +95,7 @@ def prepare(
             if not len(parts["val"]):
                 raise InputError(
                     f"{path} has {len(parts['train'])} document(s), no two in one domain, so none can be held out "
-                    "for validation: give more text, or put it into one folder"
+                    "for validation: give two documents of a domain, or a longer text"
                 )
             about = {"path": path, "fingerprint": fingerprint, "val_fraction": val_fraction}
             vocabulary = given or learn(documents, parts["train"], vocab_size, progress)

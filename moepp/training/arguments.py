@@ -67,6 +67,8 @@ def with_bases(path: Path) -> list[Path]:
         recipe = read_yaml(chain[0])
         if not isinstance(recipe, dict):
             raise InputError(f"{chain[0]}: is no recipe: it holds no options")
+        if "variants" in recipe:
+            raise InputError(f"{chain[0]}: is a matrix of variants: moepp ablate --matrix {path} trains them")
         for name in SECTIONS:
             if name in recipe and not isinstance(recipe[name], dict | str):  # a name is another file's
                 raise InputError(f"{name}: {NO_OPTIONS.format(recipe[name])}, in {chain[0]}")
@@ -154,6 +156,11 @@ class OneLineParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         line = re.sub(r"^Call to compute_fn of link .* failed: ", "", " ".join(str(message).split()))
+        line = re.sub(
+            r"^Parser key \"config\": (File does not exist: .*)",
+            r"config: \1 (recipes/ has those that come)",
+            line,
+        )
         line = re.sub(r"Group ['\"]([\w.]+)['\"] does not accept option ['\"]", r"no option '\1.", line)
         if unknown := re.search(r"(?:unrecognized arguments: --|no option ')([\w.]+)", line, re.I):
             line += did_you_mean(unknown[1], [action.dest for action in self._actions])

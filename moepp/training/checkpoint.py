@@ -53,7 +53,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if path.is_dir() and path.suffix != ".ckpt":
-        raise InputError(f"checkpoint: {path} is a folder: name a file, such as {path}/checkpoints/best.ckpt")
+        file = path / "best.ckpt" if path.name == "checkpoints" else path / "checkpoints/best.ckpt"
+        raise InputError(f"checkpoint: {path} is a folder: name a file, such as {file}")
     if not path.exists():
         raise InputError(f"checkpoint: {path} does not exist")
     if (damage := find_damage(path)) is not None:

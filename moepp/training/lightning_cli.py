@@ -30,7 +30,7 @@ from moepp.training.devices import is_sharded, naming_lost_device, strategy_of
 from moepp.training.module import LitMoE
 from moepp.training.monitor import Monitor
 from moepp.training.option_names import SECTIONS
-from moepp.training.run_folder import RunFolder, say
+from moepp.training.run_folder import RunFolder, recipe_name, say
 from moepp.training.saving import Checkpoints, FitLoop
 from moepp.training.start import described_in
 from moepp.training.summary import Summary
@@ -74,8 +74,8 @@ def parse(cli: type["MoECLI"], verb: str, arguments: list[str]) -> "MoECLI":
     quiet_lightning()
     cli.verb = verb
     arguments = expand_bases(arguments)
-    recipes = [Path(value).stem for flag, value in pairwise(arguments) if flag == "--config"]
-    cli.recipe = recipes[-1] if recipes else "default"
+    recipes = [Path(value) for flag, value in pairwise(arguments) if flag == "--config"]
+    cli.recipe = recipe_name(recipes[-1]) if recipes else "default"
     arguments = expand_last(arguments, cli.recipe)
     try:
         return cli(
@@ -245,6 +245,8 @@ class MoECLI(LightningCLI):
             if self.begun_step >= config["max_steps"] > 0:
                 done = f"finished at step {self.begun_step} already"
                 say(self.trainer, f"{done}: a larger --trainer.max_steps goes on")
+            elif ckpt_path is not None:
+                say(self.trainer, f"goes on after step {self.begun_step}, from {ckpt_path}")
             keep_freed_memory(self.trainer.strategy.root_device)
             self.trainer.fit_loop.__class__ = FitLoop
             naming = naming_checkpoint(ckpt_path, "continued", lambda: model.training_begun)

@@ -57,6 +57,7 @@ class Monitor(L.Callback):
         self.clock, self.begun, self.begun_step = time.perf_counter(), time.perf_counter(), trainer.global_step
         # sums of the process that this one continues belong to the means, not to this one's speed
         self.tokens_before = float(self.sums.get("tokens", 0.0))
+        self.print_data(trainer)
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.start_clock()
@@ -125,6 +126,14 @@ class Monitor(L.Callback):
         self.sums, self.logged_step = {}, trainer.global_step
         self.clock, self.tokens_before = time.perf_counter(), 0.0
         self.bad_steps.require_good(trainer, model)
+
+    def print_data(self, trainer: L.Trainer) -> None:
+        """What is trained on, how often, and what is held out."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        steps, ranges = int(trainer.estimated_stepping_batches), data.files.val_ranges
+        epochs = steps * trainer.accumulate_grad_batches / data.order().batches
+        held_out = f"{sum(end - begin for begin, end in ranges):,} tokens of {len(ranges)} domains"
+        say(trainer, f"{data.files.label}: {steps:,} steps are {epochs:.2g} epochs; held out are {held_out}")
 
     def print_status(self, trainer: L.Trainer, metrics: dict[str, float], top_k: int) -> None:
         step, total = trainer.global_step, int(trainer.estimated_stepping_batches)

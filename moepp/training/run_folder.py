@@ -94,10 +94,17 @@ def result_of(checkpoint: Path) -> dict[str, Any] | None:
 
 def newest_config(run_dir: Path) -> Path | None:
     """config.yaml, or the config.<n>.yaml of the last time that the run went on with other options."""
-    ours = (
-        path for path in run_dir.glob("config*.yaml") if re.fullmatch(r"config(\.\d+)?\.yaml", path.name, re.A)
-    )
-    return max(ours, key=config_number, default=None)
+    return max(filter(is_config, run_dir.glob("config*.yaml")), key=config_number, default=None)
+
+
+def recipe_name(path: Path) -> str:
+    """What the runs of a recipe are called; of a run's own config.yaml, in runs/<name>/<n>/, as that run was."""
+    name, of_run = path.absolute().parts[-3:-1] if is_config(path) else ("", "")
+    return name if of_run.isdecimal() else path.stem
+
+
+def is_config(path: Path) -> bool:
+    return re.fullmatch(r"config(\.\d+)?\.yaml", path.name, re.A) is not None
 
 
 def config_number(path: Path) -> int:

@@ -140,7 +140,8 @@ class Checkpoints(Checkpoint):
     def leave(self, trainer: L.Trainer, validation_due: bool) -> NoReturn:
         path = self.save(trainer, validation_due)
         told = self.received or signal.SIGTERM
-        say(trainer, f"stopped by {told.name} after step {trainer.global_step}: {path} is written")
+        stopped = f"stopped by {told.name} after step {trainer.global_step}"
+        say(trainer, f"{stopped}: {path} is written, --ckpt_path=last goes on with it")
         raise SystemExit(128 + told)
 
 

@@ -99,8 +99,8 @@ def require_tokenizer(option: str, path: str, meta: dict[str, Any], tokenizer_js
     """Raise an InputError for a checkpoint of another tokenizer than the text's; one without any is taken."""
     if meta["tokenizer"] not in (None, tokenizer_json):
         raise InputError(
-            f"model.{option}: {path} has another tokenizer than data.path was prepared with: prepare the text "
-            "with its own (moepp prepare --help)"
+            f"model.{option}: {path} has another tokenizer than data.path was prepared with: give the text with "
+            "--data.tokenizer=TOKENIZER.json, its own"
         )
 
 

@@ -48,7 +48,7 @@ def snapshot() -> dict[str, bytes]:
         ("--model.optim.lr=0", "optim.lr: must be positive, got 0.0"),
         ("--config=nowhere.yaml", "nowhere.yaml"),
         ("--ckpt_path=nowhere.ckpt", "checkpoint: nowhere.ckpt does not exist"),
-        ("--ckpt_path=.", "checkpoint: . is a folder: name a file, such as ./checkpoints/best.ckpt"),
+        ("--ckpt_path=.", "checkpoint: . is a folder: name a file, such as checkpoints/best.ckpt"),
         ("--ckpt_path=last", "runs/moepp has no checkpoint"),
         ("--data.path=nowhere.txt", "nowhere.txt"),
         ("--data.path=", "data.path is empty"),
@@ -80,7 +80,8 @@ def test_recipes(text_file: Path, workdir: Path, capsys) -> None:
     for text, message in {
         "model: {moe: {taus: 1}}": "model.moe.taus",
         "model: [": "is not YAML",
-        "base: nowhere.yaml": "File does not exist: '",
+        "base: nowhere.yaml": "config: File does not exist: '",
+        "variants: {}": "bad.yaml: is a matrix of variants: moepp ablate --matrix bad.yaml trains them",
         "base: bad.yaml": "go round in a circle",
         f"base: ../{Path.cwd().name}/bad.yaml": "go round in a circle",
         "trainer:\ndata: {seed: 1}": "fit: trainer: holds no options but None",

@@ -135,6 +135,15 @@ def test_results_go_into_the_run_from_wherever_its_checkpoint_is_named(workdir: 
     assert results_folder(workdir / "elsewhere/a.ckpt", "figures") == workdir / "elsewhere/figures"
 
 
+def test_a_folder_of_checkpoints_is_none_and_the_best_in_it_is_named(workdir: Path) -> None:
+    Path("run/checkpoints").mkdir(parents=True)
+    for folder in ("run", "run/checkpoints"):
+        with pytest.raises(
+            InputError, match=f"{folder} is a folder: name a file, such as run/checkpoints/best.ckpt"
+        ):
+            read_checkpoint(folder)
+
+
 def test_only_numbers_are_steps(workdir: Path) -> None:
     path = step_path(workdir, 4)
     path.parent.mkdir()

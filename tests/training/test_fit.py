@@ -1,6 +1,7 @@
 """`moepp fit` from end to end on a small text: what it learns, writes, logs and refuses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from moepp.cli import main
 from moepp.text.batches import part_of
 from moepp.text.token_files import TokenFiles
 from moepp.training.checkpoint import load
+from moepp.training.run_folder import recipe_name
 from tests.conftest import RECIPES, read_csv, tiny
 
 
@@ -105,9 +107,15 @@ def test_resolved_config_runs_again_and_never_collides(trained: Path, monkeypatc
     config = str(trained / "runs/moepp/1/config.yaml")
     before = (trained / "runs/moepp/1/metrics.csv").read_bytes()
     assert main(["fit", "--config", config, "--trainer.max_steps=2"]) == 0
-    first, again = read_csv(trained / "runs/moepp/1"), read_csv(trained / "runs/config/1")
+    first, again = read_csv(trained / "runs/moepp/1"), read_csv(trained / "runs/moepp/2")
     assert first[0]["train/cross_entropy"] == again[0]["train/cross_entropy"]
     assert (trained / "runs/moepp/1/metrics.csv").read_bytes() == before
+    shutil.rmtree(trained / "runs/moepp/2")
+
+
+def test_runs_are_called_as_their_recipe_is_or_as_the_run_whose_options_they_have() -> None:
+    named = {"recipes/moepp.yaml": "moepp", "runs/quick/12/config.3.yaml": "quick", "my/config.yaml": "config"}
+    assert {path: recipe_name(Path(path)) for path in named} == named
 
 
 def test_generate(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

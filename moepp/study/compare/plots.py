@@ -125,7 +125,7 @@ def frontier(results: Results) -> plt.Figure | None:
     panels[0].set_ylabel(
         f"validation loss minus {results.matrix.reference.name}'s\n(nats per token; lower is better)"
     )
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     return figure
 
 

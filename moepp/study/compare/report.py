@@ -38,8 +38,9 @@ def write(matrix: Matrix, runs: list[Run], search: Search, out: Path, command: s
     text = markdown(results, runs, search, failed, draw(results, folder), command)
     (folder / "report.md").write_text(text)
     console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(Markdown(text.partition("\n## Cost")[0]))
-    print(folder / "report.md")
+    of_quality = text.partition("\n## Cost")[0]
+    console.print(Markdown("".join(line for line in of_quality.splitlines(True) if not line.startswith("!["))))
+    print(f"cost, speed and pictures: {folder / 'report.md'}")
     return len(failed)
 
 

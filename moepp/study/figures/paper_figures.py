@@ -43,8 +43,8 @@ def load(measured: Bootstrap) -> Drawn:
         f"range from {ffn_L.min():.2f} to {ffn_L.max():.2f}."
     )
 
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
+    rows = -(-len(panels) // 4)
+    columns = -(-len(panels) // rows)
     size = (1.2 + columns * max(1.9, 0.36 * len(domains)), 0.9 + 2.6 * rows)
     figure, grid = plt.subplots(rows, columns, figsize=size, sharey=True, sharex=True, squeeze=False)
     x = np.arange(len(domains))

@@ -237,9 +237,9 @@ class Sums:
         return self.ffn_DL.var(-2, ddof=1)
 
     def outer_excess(self) -> np.ndarray:
-        """() spread_by_layer of the first and last layer, less that of those between."""
+        """() spread_by_layer of the first or the last layer, whichever has less, less that of those between."""
         spread_L = self.spread_by_layer()
-        return spread_L[..., [0, -1]].mean(-1) - spread_L[..., 1:-1].mean(-1)
+        return spread_L[..., [0, -1]].min(-1) - spread_L[..., 1:-1].mean(-1)
 
     def spread(self) -> np.ndarray:
         """() Variance between domains of FFN experts per token, mean over layers."""
