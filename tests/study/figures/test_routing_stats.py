@@ -57,6 +57,8 @@ def test_counts_are_those_of_a_naive_loop() -> None:
     assert sums.correlation() == pytest.approx(np.corrcoef(loads.T))
     assert sums.adjacent_correlation() == pytest.approx((np.corrcoef(loads.T)[[0, 1], [1, 2]]).mean())
     assert sums.spread() == pytest.approx(np.var([sums.ffn_DL[0].mean(), sums.ffn_DL[1].mean()], ddof=1))
+    first, between, last = (np.var(sums.ffn_DL[:, layer], ddof=1) for layer in range(L))
+    assert sums.outer_excess() == pytest.approx(min(first, last) - between)
     for c in range(len(CLASSES)):
         of_class = [load.mean() for load, (_, _, its, _) in zip(loads, seen, strict=True) if its == c]
         assert sums.class_n_DC[:, c].sum() == len(of_class)
