@@ -96,8 +96,7 @@ class MoeppExperts(nn.Module):
 
     def __init__(self, config: MoeppConfig) -> None:
         super().__init__()
-        self.num_experts = config.num_experts
-        D, H = config.hidden_size, config.intermediate_size
+        self.num_experts, D, H = config.num_experts, config.hidden_size, config.intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * H, D))  # the gate's half first
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, D, H))
         self.act_fn = nn.SiLU()
@@ -144,6 +143,8 @@ class MoeppBlock(nn.Module):
         if len(token_R):
             experts_R1, gates_R1 = experts_TK[token_R, choice_R, None], gates_TK[token_R, choice_R, None]
             y_TKD[token_R, choice_R] = self.experts(x_TD[token_R], experts_R1, gates_R1)
+        elif self.training:  # a gradient of 0, where one of several processes would have none
+            y_TKD = y_TKD + 0.0 * sum(weight.flatten()[0] for weight in self.experts.parameters())
         return y_TKD.sum(1)
 
     def copy_and_constant(self, x_TD: Tensor, experts_TK: Tensor, gates_TK: Tensor) -> Tensor:
@@ -170,13 +171,12 @@ class MoeppAttention(nn.Module):
         D, d, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
         q_width, kv_width = config.num_attention_heads * d, config.num_key_value_heads * d
         self.q_proj = nn.Linear(D, q_width, bias=False)
-        self.k_proj = nn.Linear(D, kv_width, bias=False)
-        self.v_proj = nn.Linear(D, kv_width, bias=False)
+        self.k_proj, self.v_proj = (nn.Linear(D, kv_width, bias=False) for _ in "kv")
         self.o_proj = nn.Linear(q_width, D, bias=False)
         self.o_proj.writes_residual = True  # type: ignore[assignment]
         if config.qk_norm != "none":
-            self.q_norm = nn.RMSNorm(d if config.qk_norm == "head" else q_width, eps=eps)
-            self.k_norm = nn.RMSNorm(d if config.qk_norm == "head" else kv_width, eps=eps)
+            widths = (d, d) if config.qk_norm == "head" else (q_width, kv_width)
+            self.q_norm, self.k_norm = (nn.RMSNorm(width, eps=eps) for width in widths)
 
     def forward(
         self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], mask: Any, past_key_values: Cache | None, **kwargs: Any
@@ -361,7 +361,7 @@ class MoeppForCausalLM(MoeppPreTrainedModel, GenerationMixin):
         asked = self.config.output_router_logits if output_router_logits is None else output_router_logits
         loss = aux_loss = None
         if asked or self.training:
-            aux_loss = load_balance_loss(outputs.router_logits, attention_mask, self.config)
+            aux_loss = load_balance_loss(outputs.router_logits, attention_mask, self.config).to(logits.device)
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
             if self.training:

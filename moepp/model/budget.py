@@ -119,7 +119,7 @@ class Budget(nn.Module):
 
 def quantiles_of(values_LA: Tensor) -> Tensor:
     """(L, Q), of each layer's values."""
-    levels_Q = torch.linspace(0, 1, QUANTILES, device=values_LA.device)
+    levels_Q = torch.linspace(0, 1, QUANTILES, dtype=values_LA.dtype, device=values_LA.device)
     return torch.quantile(values_LA, levels_Q, dim=1).T
 
 

@@ -239,6 +239,7 @@ class MoECLI(LightningCLI):
         config, model, data = self.config_init.trainer, self.model, self.datamodule
         try:
             model.parallel.require_fits(model.transformer, model.moe, self.trainer.world_size)
+            model.resumed = ckpt_path is not None  # sharded, it would learn that after looking for its `init_from`
             model.config_text = self.config_text()
             self.run_folder.save_config(self.trainer, model.config_text)
             self.announce(model)
@@ -273,7 +274,7 @@ class MoECLI(LightningCLI):
             evaluate = getattr(self.trainer, self.verb)
             # weights only: a checkpoint from elsewhere must not run code
             evaluate(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True, verbose=False)
-        for name, value in self.trainer.callback_metrics.items():
+        for name, value in self.trainer.callback_metrics.items() if self.trainer.is_global_zero else ():
             print(f"{name:<40} {value:.4f}")
 
     test = validate

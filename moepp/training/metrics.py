@@ -81,7 +81,8 @@ class Validation:
         self.loss.update(nats_BS.sum() / least_one, n_tokens)
         self.bits_per_byte.update(nats_BS, targets_BS, domain_B)
         n_ffn = (ffn_LT * is_target_BS.flatten()).sum()
-        self.ffn_per_token.update(n_ffn / (len(ffn_LT) * least_one), n_tokens)
+        # of two whole numbers it would be in bf16, under bf16-true
+        self.ffn_per_token.update(n_ffn.float() / (len(ffn_LT) * least_one), n_tokens)
 
     def compute(self) -> dict[str, float]:
         """By name, over all devices. Perplexity is e to the loss."""

@@ -94,6 +94,8 @@ class LitMoE(L.LightningModule):
 
     def configure_model(self) -> None:
         """Shard it, where it was built without weights, and draw each device's part of them."""
+        if str(self.trainer.precision) == "64-true":
+            self.double()  # Lightning does so after it has put a checkpoint's weights into float32
         if next(self.parameters()).is_meta:
             strategy = self.trainer.strategy
             # what autocast would multiply in, matrices can be gathered in
@@ -300,6 +302,11 @@ class LitMoE(L.LightningModule):
             )
         data.computed_order = bool(checkpoint.get("computed_order"))  # a run of before keeps its order
         self.calibrated_at = checkpoint.get("calibrated_at")
+        for state in checkpoint.get("optimizer_states", ()):
+            for group in state[
+                "param_groups"
+            ]:  # as in `configure_optimizers`: the checkpoint's precision may differ
+                group["fused"] = str(self.trainer.precision) != "16-mixed"
 
 
 # what a resumed run may set anew: none of it changes the shape or the meaning of a weight

@@ -202,6 +202,18 @@ def test_loss_and_gradients_are_ours(exported: dict[str, Path], name: str, reent
         torch.testing.assert_close(loss, cross_entropy, check_dtype=False)
 
 
+def test_a_micro_batch_without_ffn_experts_has_gradients_of_0(exported: dict[str, Path]) -> None:
+    """Of several processes one would otherwise wait for them."""
+    model = hf.MoeppForCausalLM.from_pretrained(exported["as in the paper"]).train()
+    block = model.model.layers[0].mlp
+    x_TD = torch.randn(5, model.config.hidden_size)
+    nobody_TK = torch.full((5, model.config.num_experts_per_tok), model.config.num_experts)
+    block.ffn(x_TD, nobody_TK, torch.ones(nobody_TK.shape)).sum().backward()
+    for weight in block.experts.parameters():
+        assert weight.grad is not None
+        assert not weight.grad.any()
+
+
 def test_balance_counts_neither_padding_nor_what_other_micro_batches_have(exported: dict[str, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(exported["many zero experts, grouped queries"]).train()
     alone = model(tokens()[:1], labels=tokens()[:1])

@@ -31,15 +31,15 @@ def loss_of(model: Transformer, tokens_BS: Tensor, bf16: bool) -> Tensor:
         return loss + 0.01 * mean_load_balance_loss(routings)
 
 
-def difference(parallel: ParallelConfig, bf16: bool, compiled: bool) -> float:
+def difference(parallel: ParallelConfig, moe: MoEConfig, bf16: bool, compiled: bool) -> float:
     """The largest of all gradients', of the largest value in each. Weights are drawn alike."""
     dist.init_process_group("gloo")
     rank, n = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
-    whole = Transformer(CONFIG, MoEConfig())
+    whole = Transformer(CONFIG, moe)
     torch.manual_seed(0)
     with torch.device("meta"):
-        sharded = Transformer(CONFIG, MoEConfig())
+        sharded = Transformer(CONFIG, moe)
     if compiled:
         for block in sharded.blocks:
             block.compile(backend="eager")  # what could go wrong is the tracing
@@ -55,6 +55,8 @@ def difference(parallel: ParallelConfig, bf16: bool, compiled: bool) -> float:
         loss_of(whole, tokens_BS, bf16).backward()
     largest = 0.0
     for (name, one), other in zip(whole.named_parameters(), sharded.parameters(), strict=True):
+        if one.numel() == 0:
+            continue
         gradient = other.grad.full_tensor()
         assert gradient.dtype == torch.float32, name
         largest = max(largest, float((gradient - one.grad).abs().max() / one.grad.abs().max()))
@@ -62,9 +64,11 @@ def difference(parallel: ParallelConfig, bf16: bool, compiled: bool) -> float:
 
 
 @pytest.mark.parametrize(
-    ("expert", "bf16", "compiled", "tolerance"),
-    [(1, False, False, 1e-4), (2, False, True, 1e-4), (1, True, False, 2e-2)],
+    ("expert", "n_const", "bf16", "compiled", "tolerance"),
+    [(1, 2, False, False, 1e-4), (2, 2, False, True, 1e-4), (1, 2, True, False, 2e-2), (1, 0, False, False, 1e-4)],
 )
-def test_gradients_of_one_process(ranks: Ranks, expert: int, bf16: bool, compiled: bool, tolerance: float) -> None:
-    parallel = ParallelConfig(expert, sharded=True)
-    assert max(ranks.run(2, difference, parallel, bf16, compiled)) < tolerance
+def test_gradients_of_one_process(
+    ranks: Ranks, expert: int, n_const: int, bf16: bool, compiled: bool, tolerance: float
+) -> None:
+    parallel, moe = ParallelConfig(expert, sharded=True), MoEConfig(n_const=n_const)
+    assert max(ranks.run(2, difference, parallel, moe, bf16, compiled)) < tolerance

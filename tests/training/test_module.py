@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moepp.model import InputError, MoEConfig, TransformerConfig, count_parameters, flops_per_token
-from moepp.training.metrics import BitsPerByte
+from moepp.training.metrics import FFN, BitsPerByte
 from moepp.training.module import LitMoE
 from moepp.training.optimizer import AdamW, OptimConfig
 
@@ -90,6 +90,14 @@ def test_validation_weighs_tokens_not_batches(monkeypatch: pytest.MonkeyPatch) -
     assert figures["loss"] == pytest.approx(expected.item(), rel=1e-6)
     assert figures["perplexity"] == pytest.approx(expected.exp().item(), rel=1e-5)
     assert figures["bits_per_byte"] == pytest.approx(expected.item() / math.log(2), rel=1e-6)
+    module.on_validation_epoch_start()
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning does around a step, under bf16-true
+    try:
+        ffn_LT = torch.tensor([[2, 1, 1, 1, 1, 1, 1]])
+        module.validation.update(torch.ones(1, 7), torch.zeros(1, 7, dtype=torch.long), domain[:1], ffn_LT)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert module.validation.compute()[FFN] == pytest.approx(8 / 7, rel=1e-6)
 
 
 def test_the_loss_that_is_trained_holds_beta_times_the_balance_loss() -> None:

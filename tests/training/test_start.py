@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -98,6 +99,20 @@ def test_it_resumes_without_the_checkpoint_it_started_from(
     assert main(["fit", "--ckpt_path=last"]) == 0
     ends = [load(step_path(folder, 6)).model.state_dict() for folder in runs]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_before_it_begins_a_run_knows_whether_it_goes_on(
+    start: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sharded, it is given its checkpoint only after it would have looked for the one that it started from."""
+    monkeypatch.chdir(start)
+    options = further(text_file, "--model.init_from=converted.ckpt", "--trainer.default_root_dir=asked")
+    assert main(options) == 0
+    resumed: list[bool] = []
+    monkeypatch.setattr(L.Trainer, "fit", lambda self, model, **_: resumed.append(model.resumed))
+    assert main([*options, "--ckpt_path=asked/checkpoints/step-00000004.ckpt"]) == 0
+    assert main([*options, "--trainer.default_root_dir=anew"]) == 0
+    assert resumed == [True, False]
 
 
 def test_a_teacher_pulls_and_is_no_part_of_the_model(
