@@ -132,8 +132,9 @@ class Monitor(L.Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         steps, ranges = int(trainer.estimated_stepping_batches), data.files.val_ranges
         epochs = steps * trainer.accumulate_grad_batches / data.order().batches
-        held_out = f"{sum(end - begin for begin, end in ranges):,} tokens of {len(ranges)} domains"
-        say(trainer, f"{data.files.label}: {steps:,} steps are {epochs:.2g} epochs; held out are {held_out}")
+        of_domains = f"of {len(ranges)} domain{'s' * (len(ranges) > 1)}"
+        held_out = f"{sum(end - begin for begin, end in ranges):,} tokens {of_domains} are held out"
+        say(trainer, f"{data.files.label}: {steps:,} steps are {epochs:.2g} epochs; {held_out}")
 
     def print_status(self, trainer: L.Trainer, metrics: dict[str, float], top_k: int) -> None:
         step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
