@@ -5,7 +5,13 @@ Nothing here knows of a trainer, and nothing but torch and safetensors is import
 
 from .config import MoEConfig, TransformerConfig
 from .conversion import add_zero_computation, upcycle
-from .counts import ParameterCount, count_parameters, flops_per_token, training_flops_per_token
+from .counts import (
+    ParameterCount,
+    count_parameters,
+    flops_per_token,
+    hidden_flops_per_token,
+    training_flops_per_token,
+)
 from .errors import InputError
 from .foreign import load_foreign
 from .hub import export_hub, load_hub
@@ -30,6 +36,7 @@ __all__ = [
     "export_hub",
     "export_released",
     "flops_per_token",
+    "hidden_flops_per_token",
     "linear_cross_entropy",
     "linear_distillation",
     "load_foreign",

@@ -73,12 +73,19 @@ def flops_per_token(transformer: TransformerConfig, moe: MoEConfig, seq_len: int
     Matrix products alone, a multiplication and an addition each; attention counts the causal half. Pass the
     *measured* FFN experts per token and layer: counting K would flatter MoE++, which computes fewer.
     """
+    head = 2 * transformer.vocab_size * transformer.hidden_size  # where it is tied to the embedding, too
+    return hidden_flops_per_token(transformer, moe, seq_len, ffn_per_token) + head
+
+
+def hidden_flops_per_token(
+    transformer: TransformerConfig, moe: MoEConfig, seq_len: int, ffn_per_token: float
+) -> float:
+    """The same without the head (`Transformer.hidden`)."""
     t, count = transformer, count_parameters(transformer, moe)
     ffn = t.n_layers * ffn_per_token * count.one_ffn_expert
-    head = t.vocab_size * t.hidden_size  # where it is tied to the embedding, too
     attention = t.n_layers * 2 * 2 * t.n_heads * t.head_dim * (seq_len / 2)
     constants = t.n_layers * 2 * 2 * moe.n_const * t.hidden_size
-    return 2 * (count.attention + count.router + ffn + head) + attention + constants
+    return 2 * (count.attention + count.router + ffn) + attention + constants
 
 
 def training_flops_per_token(

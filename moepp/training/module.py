@@ -213,6 +213,12 @@ class LitMoE(L.LightningModule):
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
 
+    @property
+    def fused(self) -> bool:
+        """Whether AdamW is. fp16 needs its gradients unscaled before they are clipped, which a fused step would do
+        too late."""
+        return str(self.trainer.precision) != "16-mixed"
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         decayed: list[Tensor] = []
         others: list[Tensor] = []
@@ -223,9 +229,7 @@ class LitMoE(L.LightningModule):
             {"params": decayed, "weight_decay": self.optim.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        # fp16 needs its gradients unscaled before they are clipped, which a fused step would do too late
-        fused = str(self.trainer.precision) != "16-mixed"
-        optimizer = AdamW(groups, self.optim.lr, self.optim.betas, self.optim.eps, fused=fused)
+        optimizer = AdamW(groups, self.optim.lr, self.optim.betas, self.optim.eps, fused=self.fused)
         total_steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: self.optim.lr_at(step, total_steps) / self.optim.lr
@@ -303,10 +307,8 @@ class LitMoE(L.LightningModule):
         data.computed_order = bool(checkpoint.get("computed_order"))  # a run of before keeps its order
         self.calibrated_at = checkpoint.get("calibrated_at")
         for state in checkpoint.get("optimizer_states", ()):
-            for group in state[
-                "param_groups"
-            ]:  # as in `configure_optimizers`: the checkpoint's precision may differ
-                group["fused"] = str(self.trainer.precision) != "16-mixed"
+            for group in state["param_groups"]:
+                group["fused"] = self.fused  # the checkpoint's precision may be another
 
 
 # what a resumed run may set anew: none of it changes the shape or the meaning of a weight

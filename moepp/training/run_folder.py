@@ -99,8 +99,8 @@ def newest_config(run_dir: Path) -> Path | None:
 
 def recipe_name(path: Path) -> str:
     """What the runs of a recipe are called; of a run's own config.yaml, in runs/<name>/<n>/, as that run was."""
-    name, of_run = path.absolute().parts[-3:-1] if is_config(path) else ("", "")
-    return name if of_run.isdecimal() else path.stem
+    run_dir = path.absolute().parent
+    return run_dir.parent.name if is_config(path) and run_dir.name.isdecimal() else path.stem
 
 
 def is_config(path: Path) -> bool:

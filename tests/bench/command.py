@@ -65,9 +65,8 @@ class Options(argparse.ArgumentParser):
 
 def run(arguments: list[str]) -> None:
     options = Options().parse_args(arguments)
-    wanted = [name for name in SECTIONS if not (options.quick and name == "devices")]  # minutes on few cores
-    if options.only:
-        wanted = options.only.split(",")
+    slow = {"devices"} if options.quick else set()  # minutes on few cores
+    wanted = options.only.split(",") if options.only else [name for name in SECTIONS if name not in slow]
     if unknown := set(wanted) - set(SECTIONS):
         raise InputError(f"only: no section {min(unknown)!r}: use {', '.join(SECTIONS)}")
     on_gpu = torch.cuda.is_available()

@@ -115,6 +115,7 @@ def test_resolved_config_runs_again_and_never_collides(trained: Path, monkeypatc
 
 def test_runs_are_called_as_their_recipe_is_or_as_the_run_whose_options_they_have() -> None:
     named = {"recipes/moepp.yaml": "moepp", "runs/quick/12/config.3.yaml": "quick", "my/config.yaml": "config"}
+    named["/config.yaml"] = "config"
     assert {path: recipe_name(Path(path)) for path in named} == named
 
 

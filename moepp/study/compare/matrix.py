@@ -4,7 +4,7 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from moepp.model import InputError, MoEConfig, TransformerConfig, flops_per_token, training_flops_per_token
+from moepp.model import InputError, MoEConfig, TransformerConfig, hidden_flops_per_token, training_flops_per_token
 from moepp.system.files import read_yaml
 from moepp.training import lightning_cli
 from moepp.training.checkpoint import configs_in, step_path
@@ -53,7 +53,7 @@ class Variant:
     def with_options(self, further: dict[str, Any]) -> "Variant":
         return replace(self, further=self.further | further)
 
-    @property
+    @cached_property  # a checkpoint may have to be read for it
     def transformer(self) -> TransformerConfig:
         model = self.options["model"]
         init_from = model["init_from"] if self.start is None else None  # its start need not be there yet
@@ -98,21 +98,23 @@ class Variant:
         """Of reading training text again at the end, to set the budget by it (LitMoE.on_train_end)."""
         if self.moe.ffn_budget is None:
             return 0.0
-        sizes, seq_len = self.transformer, self.options["data"]["seq_len"]
-        head = 2 * sizes.vocab_size * sizes.hidden_size  # which it does without
-        forward = flops_per_token(sizes, self.moe, seq_len, self.moe.ffn_budget) - head
+        seq_len = self.options["data"]["seq_len"]
+        forward = hidden_flops_per_token(self.transformer, self.moe, seq_len, self.moe.ffn_budget)
         return min(self.tokens, CALIBRATION_TOKENS) * forward
 
-    def training_flops(self) -> float:
-        """Of one run, with the FFN experts per token that theory expects."""
+    def step_flops(self) -> float:
+        """Of all steps of one run, with the FFN experts per token that theory expects."""
         budget, end = BudgetConfig(**self.options["model"]["budget"]), self.moe.expected_ffn_per_token
         ffn_per_token = fmean(budget.at(step, self.steps, end) for step in range(self.steps))
-        return self.tokens * self.training_flops_per_token(ffn_per_token) + self.calibration_flops
+        return self.tokens * self.training_flops_per_token(ffn_per_token)
+
+    def training_flops(self) -> float:
+        """Of one run, calibration's too."""
+        return self.step_flops() + self.calibration_flops
 
     def training_time(self) -> float:
         """Of one run, in micro-batches: calibration takes as many as have its FLOPs."""
-        flops = self.training_flops()
-        return self.micro_batches * flops / (flops - self.calibration_flops)
+        return self.micro_batches * (1 + self.calibration_flops / self.step_flops())
 
 
 @dataclass(frozen=True)
@@ -289,8 +291,8 @@ def with_equal_flops(variants: dict[str, Variant]) -> dict[str, Variant]:
     found = {}
     for name, own in variants.items():
         if own.flops_of is not None:
-            aside, others = own.calibration_flops, variants[own.flops_of].training_flops()
-            steps = own.steps * ((others - aside) / (own.training_flops() - aside))
+            for_steps = variants[own.flops_of].training_flops() - own.calibration_flops
+            steps = own.steps * (for_steps / own.step_flops())
             steps = math.floor(steps + 1e-6)  # the same where it is computed again
             own = own.with_options({"trainer.max_steps": max(1, steps)})
         found[name] = own
