@@ -106,7 +106,7 @@ class TokenDataModule(L.LightningDataModule):
     def last_batches(self, n_tokens: int) -> Iterator[Batch]:
         """This device's share of the training batches just before where the trainer stands, of so many tokens."""
         batches, seen = TrainBatches(self.files, self.order(), self.rank, self.world_size), self.batches_seen()
-        n_batches = -(-n_tokens // (self.batch_size * self.world_size * self.seq_len))
+        n_batches = -(-n_tokens // self.batch_tokens)
         return (batches[n] for n in range(max(0, seen - n_batches), seen))
 
     def val_dataloader(self) -> DataLoader:
@@ -135,6 +135,15 @@ class TokenDataModule(L.LightningDataModule):
         # that was interrupted. Lightning's epochs play no part in the order.
         total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
         return total.processed
+
+    def tokens_seen(self) -> int:
+        """By all devices."""
+        return self.batches_seen() * self.batch_tokens
+
+    @property
+    def batch_tokens(self) -> int:
+        """Of all devices' micro-batches."""
+        return self.batch_size * self.world_size * self.seq_len
 
     @property
     def rank(self) -> int:

@@ -24,9 +24,14 @@ from moepp.training.checkpoint import configs_in, described, differing
 from moepp.training.metrics import FINAL, VAL, Validation
 from moepp.training.optimizer import AdamW, OptimConfig, by_mesh, total_norm
 from moepp.training.run_folder import say
-from moepp.training.start import BudgetConfig, ConvertConfig, DistillConfig, Teacher, start_from
-
-CALIBRATION_TOKENS = 1 << 19  # that a budget is set by at the end; reading them takes a fifth of training on them
+from moepp.training.start import (
+    BudgetConfig,
+    ConvertConfig,
+    DistillConfig,
+    Teacher,
+    calibration_tokens,
+    start_from,
+)
 
 
 class LitMoE(L.LightningModule):
@@ -180,7 +185,7 @@ class LitMoE(L.LightningModule):
         say(self.trainer, "reading the last training text again, to set the budget by it")
         self.model.eval()
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            for batch in data.last_batches(CALIBRATION_TOKENS):
+            for batch in data.last_batches(calibration_tokens(data.tokens_seen())):
                 budget.observe(self.model.hidden(batch["inputs"].to(self.device))[1])
         self.model.train()
         budget.calibrate(self.trainer.strategy.all_gather)

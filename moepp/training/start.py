@@ -12,6 +12,8 @@ from moepp.model.config import require
 from moepp.model.sharding import as_shards
 from moepp.training.checkpoint import differing, load, read_rest
 
+CALIBRATION_TOKENS = 1 << 19  # at most: beyond, a budget of 0.2 is met no better (results/LOG.md)
+
 
 @dataclass(frozen=True)
 class ConvertConfig:
@@ -68,6 +70,11 @@ class BudgetConfig:
         """The budget of optimizer step `step` (from 0) of `total_steps`."""
         steps = self.steps or max(1, total_steps // 2)
         return end if self.start is None or step >= steps else self.start + (end - self.start) * step / steps
+
+
+def calibration_tokens(training_tokens: int) -> int:
+    """Of the end of the training, read again to set a budget by: a quarter costs a twentieth of training."""
+    return min(training_tokens // 4, CALIBRATION_TOKENS)
 
 
 def described_in(path: str) -> dict[str, dict[str, Any]]:

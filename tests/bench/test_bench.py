@@ -13,7 +13,7 @@ import torch
 
 from moepp.model import InputError, MoEConfig, MoELayer
 from moepp.training.module import LitMoE
-from tests.bench import layers, peers, results, steps
+from tests.bench import layers, peers, plots, results, steps
 from tests.bench.__main__ import main
 from tests.bench.command import SECTIONS
 from tests.bench.setting import BOTH, RECIPES, SIZES, VANILLA, Case, Row, Setting, measured
@@ -275,6 +275,13 @@ def sleepless(functions: list[Callable[[], object]], *_: object) -> list[list[fl
     for function in functions:
         function()
     return [[float(i + 1) for i in range(len(functions))], [2.0 * (i + 1) for i in range(len(functions))]]
+
+
+def test_sections_that_are_left_out_have_no_panel(monkeypatch: pytest.MonkeyPatch) -> None:
+    titles = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: titles.extend(a.get_title() for a in figure.axes))
+    plots.bench(Path("bench.png"), [Row(PRODUCTS, "of its limit", 0.9, (0.8, 1.0))])
+    assert titles == ["layer: share of its limit"]
 
 
 def test_table_and_csv_are_complete_and_add_up(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

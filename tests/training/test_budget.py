@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from moepp.cli import main
 from moepp.model import Transformer
 from moepp.model.router import routers
 from moepp.system.machine import default_precision, product_dtype
-from moepp.text.batches import TrainBatches, TrainOrder
+from moepp.text.batches import Batch, TrainBatches, TrainOrder
+from moepp.text.data_module import TokenDataModule
 from moepp.text.token_files import TokenFiles
 from moepp.training.checkpoint import load, read_checkpoint
-from moepp.training.start import BudgetConfig
+from moepp.training.start import CALIBRATION_TOKENS, BudgetConfig, calibration_tokens
 from tests.conftest import read_csv, small_text, tiny
 
 CKPT = "--ckpt=run/checkpoints/step-00000120.ckpt"
@@ -93,6 +95,25 @@ def ffn_per_token(model: Transformer, batches: list[torch.Tensor]) -> float:
             routings = model.hidden(tokens_BS)[1]
             shares.append(sum(float(r.computed().sum(1).float().mean()) for r in routings) / len(routings))
     return sum(shares) / len(shares)
+
+
+def test_the_last_quarter_of_the_training_text_is_read_again(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """512 tokens a step; no more than `CALIBRATION_TOKENS`."""
+    monkeypatch.chdir(tmp_path)
+    last_batches, read = TokenDataModule.last_batches, []
+
+    def recording(data: TokenDataModule, n_tokens: int) -> Iterator[Batch]:
+        for batch in last_batches(data, n_tokens):
+            read.append(batch["inputs"])
+            yield batch
+
+    monkeypatch.setattr(TokenDataModule, "last_batches", recording)
+    train(text_file, 8)
+    assert len(read) == 2
+    assert all(map(torch.equal, read, batches_of(text_of(tmp_path))[6:8]))
+    assert calibration_tokens(1 << 22) == CALIBRATION_TOKENS == 1 << 19
 
 
 def test_a_run_that_is_cut_short_is_not_calibrated(

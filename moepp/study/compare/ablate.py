@@ -77,7 +77,7 @@ def run(verb: str, arguments: list[str]) -> None:
     if not options.tune:
         refuse_changed_options(runs)
     if options.dry_run:
-        dry_run(matrix, tries + runs)
+        dry_run(matrix, tries, runs)
         return
     gpus = visible_gpus(matrix)
     jobs = len(gpus) // matrix.devices if gpus and options.jobs is None else settings["jobs"]
@@ -169,11 +169,14 @@ def locked(out: Path) -> Iterator[IO[str]]:
         yield lock
 
 
-def dry_run(matrix: Matrix, runs: list[Run]) -> None:
+def dry_run(matrix: Matrix, tries: list[Run], runs: list[Run]) -> None:
     """Print every variant with its runs and what these would cost."""
+    runs, title = tries + runs, f"{len(tries + runs)} runs of {matrix.path}"
+    if tries:
+        title += f", {len(tries)} of them tries of {tries[0].variant.steps:,} steps"
     reference = matrix.reference
     per_flop = step_seconds(reference) * reference.steps / reference.training_flops()
-    table = Table("variant", title=f"{len(runs)} runs of {matrix.path}", box=SIMPLE)
+    table = Table("variant", title=title, box=SIMPLE)
     for title in ("to run", "finished", "parameters", "active/token", "tokens", "FLOPs/run", "time/run"):
         table.add_column(title, justify="right", no_wrap=True)
     for variant in matrix.variants:

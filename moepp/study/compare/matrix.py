@@ -16,8 +16,7 @@ from moepp.model import InputError, MoEConfig, TransformerConfig, hidden_flops_p
 from moepp.system.files import read_yaml
 from moepp.training import lightning_cli
 from moepp.training.checkpoint import configs_in, step_path
-from moepp.training.module import CALIBRATION_TOKENS
-from moepp.training.start import BudgetConfig, described_in
+from moepp.training.start import BudgetConfig, calibration_tokens, described_in
 
 PLOTS = ("curves", "tau", "constants", "compute", "frontier")
 # of the values of a matrix, and of its `quick` and `tune`, which take the place of the matrix's own
@@ -100,7 +99,7 @@ class Variant:
             return 0.0
         seq_len = self.options["data"]["seq_len"]
         forward = hidden_flops_per_token(self.transformer, self.moe, seq_len, self.moe.ffn_budget)
-        return min(self.tokens, CALIBRATION_TOKENS) * forward
+        return calibration_tokens(self.tokens) * forward
 
     def step_flops(self) -> float:
         """Of all steps of one run, with the FFN experts per token that theory expects."""

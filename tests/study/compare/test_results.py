@@ -59,19 +59,16 @@ def test_flops_by_hand(tmp_path: Path) -> None:
     assert run.variant.training_flops() == pytest.approx(120 * (per_token + 3 * 0.5 * 192))  # K = 2
 
 
-def test_reading_text_to_set_a_budget_costs_a_forward_pass_without_the_head(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As above, with a zero expert in the router; of 120 tokens trained on, the last 50 are read again."""
-    monkeypatch.setattr("moepp.study.compare.matrix.CALIBRATION_TOKENS", 50)
+def test_reading_text_to_set_a_budget_costs_a_forward_pass_without_the_head(tmp_path: Path) -> None:
+    """As above, with a zero expert in the router; of 120 tokens trained on, the last 30 are read again."""
     held = variant("a", VANILLA | {"n_zero": 1, "ffn_budget": 1.5})
     forward = 128 + 48 + 2 * 3 * 4 + 1.5 * 192
-    assert held.calibration_flops == pytest.approx(50 * forward)
-    assert held.training_flops() == pytest.approx(120 * 3 * (forward + 2560) + 50 * forward)
+    assert held.calibration_flops == pytest.approx(30 * forward)
+    assert held.training_flops() == pytest.approx(120 * 3 * (forward + 2560) + 30 * forward)
     curve, flops = read_curve(write_run(Run(held, 0, tmp_path / "a"), 5.0, 1.5, (6.0, 5.0)))
     assert flops == pytest.approx(held.training_flops())
     assert list(curve.flops) == pytest.approx([60 * 3 * (forward + 2560), 120 * 3 * (forward + 2560)])
-    assert held.training_time() == pytest.approx(4 * (1 + 50 * forward / (120 * 3 * (forward + 2560))))
+    assert held.training_time() == pytest.approx(4 * (1 + 30 * forward / (120 * 3 * (forward + 2560))))
     assert variant("a", VANILLA).training_time() == 4
 
 
