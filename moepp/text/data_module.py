@@ -68,6 +68,7 @@ class TokenDataModule(L.LightningDataModule):
         self.allow_other_text = allow_other_text
         self.val_part: Part = val_part
         self.computed_order = True  # False in a run of before, once its checkpoint is restored
+        self.renumbered = 0  # batch n of the order is the trainer's batch n - this
         self.files: TokenFiles  # from setup() on
 
     def prepare_data(self) -> None:
@@ -129,12 +130,25 @@ class TokenDataModule(L.LightningDataModule):
         return TrainOrder(len(train), self.seq_len, batch_size, self.seed, self.computed_order)
 
     def batches_seen(self) -> int:
+        """Of the order, in all epochs."""
         if self.trainer is None:
             return 0
         # `processed` counts over all epochs, is restored before loaders are asked for, and does not count a batch
         # that was interrupted. Lightning's epochs play no part in the order.
         total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
-        return total.processed
+        return total.processed + self.renumbered
+
+    def state_dict(self) -> dict[str, int]:
+        """How far the text has been read, for whoever goes on with batches of another size."""
+        epoch, batch = divmod(self.batches_seen(), self.order().batches)
+        trained = self.batches_seen() - self.renumbered
+        return {"batches": trained, "epoch": epoch, "tokens_of_epoch": batch * self.batch_tokens}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where the text has been read to. Nothing of an epoch is read twice, less than a batch left out."""
+        in_epoch = self.order().batches
+        batch = -(-state["tokens_of_epoch"] // self.batch_tokens)
+        self.renumbered = state["epoch"] * in_epoch + min(batch, in_epoch) - state["batches"]
 
     def tokens_seen(self) -> int:
         """By all devices."""

@@ -292,6 +292,15 @@ def remove_checkpoint(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def replace_checkpoint(path: Path, beside: Path) -> None:
+    """Give `beside` the place of `path`, which there may be. Where one is a folder two renames do it."""
+    old = path.with_name(path.name + ".old.tmp")
+    if path.is_dir() or (path.exists() and beside.is_dir()):
+        path.rename(old)
+    beside.replace(path)
+    remove_checkpoint(old)
+
+
 def step_checkpoints(run_dir: Path) -> list[Path]:
     """The run's step-<n>.ckpt, the latest first."""
     found = (run_dir / "checkpoints").glob("step-*.ckpt")

@@ -16,7 +16,7 @@ from moepp.model import InputError
 from moepp.model.sharding import as_shards
 from moepp.system.files import fsync_folder
 from moepp.training import shards
-from moepp.training.checkpoint import read_rest, remove_checkpoint, write_checkpoint
+from moepp.training.checkpoint import read_rest, remove_checkpoint, replace_checkpoint, write_checkpoint
 
 TIME_LIMIT = timedelta(minutes=10)  # how long a device is waited for
 SHARDED = "fsdp2"  # --trainer.strategy
@@ -121,8 +121,7 @@ class Sharded(ModelParallelStrategy):
         shards.write(beside, shards.take_shards(checkpoint))
         if self.is_global_zero:
             write_checkpoint(beside / shards.REST, checkpoint)
-            remove_checkpoint(path)
-            beside.rename(path)
+            replace_checkpoint(path, beside)
             fsync_folder(path.parent)
         self.barrier()
 

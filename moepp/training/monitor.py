@@ -92,9 +92,7 @@ class Monitor(L.Callback):
         counts_LE = sums.pop("tokens_per_expert_LE")
         del sums["loss"]  # Lightning has divided it by accumulate_grad_batches
         means = {f"train/{name}": float(value) / n_batches for name, value in sums.items()}
-        balance_scaled = model.moe.balance_weight * means["train/balance"]
         shares_E = counts_LE.sum(0) / counts_LE.sum()
-        ffn_LF = counts_LE[:, model.moe.kinds["ffn"]]
         ffn_per_token = n_batches * means.pop("train/ffn_assignments") / (model.transformer.n_layers * n_tokens)
         timed_tokens = trainer.world_size * (n_tokens - self.tokens_before)
         tokens_per_second = timed_tokens / (time.perf_counter() - self.clock)
@@ -102,15 +100,15 @@ class Monitor(L.Callback):
         teacher = None if model.teacher is None else model.teacher.configs
         flops = training_flops_per_token((model.transformer, model.moe), seq_len, ffn_per_token, teacher)
         metrics = {
+            "train/loss": means.pop("train/total"),
             **means,
-            "train/balance_scaled": balance_scaled,
-            "train/loss": means[CROSS_ENTROPY] + balance_scaled,
+            "train/balance_scaled": model.moe.balance_weight * means["train/balance"],
             "train/gradient_norm": float(model.gradient_norm),
             "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
             TOKENS: self.tokens,
             FFN_PER_TOKEN: ffn_per_token,
             **{f"routing/share/{kind}": float(shares_E[where].sum()) for kind, where in model.moe.kinds.items()},
-            "routing/imbalance": float((ffn_LF.amax(1) / ffn_LF.mean(1)).mean()),
+            "routing/imbalance": imbalance(counts_LE[:, model.moe.kinds["ffn"]]),
             TOKENS_PER_SECOND: tokens_per_second,
             "speed/tflops_per_second": flops * tokens_per_second / 1e12,
         }
@@ -159,3 +157,10 @@ class Monitor(L.Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             loss, bits = (trainer.callback_metrics[VAL + name] for name in (LOSS, BITS))
             say(trainer, f"validated after step {trainer.global_step}: {loss:.3f} nats, {bits:.3f} bits/byte")
+
+
+def imbalance(tokens_per_expert_LF: Tensor) -> float:
+    """Tokens of a layer's fullest FFN expert over their mean; mean over the layers that have any, as one may have
+    left all of a budget to others."""
+    counts_LF = tokens_per_expert_LF.float()
+    return float((counts_LF.amax(1) / counts_LF.mean(1)).nanmean())

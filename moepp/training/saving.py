@@ -13,7 +13,13 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 
 from moepp.model.config import require
 from moepp.system.files import fsync_folder
-from moepp.training.checkpoint import remove_checkpoint, step_checkpoints, step_of, step_path
+from moepp.training.checkpoint import (
+    remove_checkpoint,
+    replace_checkpoint,
+    step_checkpoints,
+    step_of,
+    step_path,
+)
 from moepp.training.csv_log import CSVLog
 from moepp.training.devices import Agreement
 from moepp.training.metrics import LOSS, VAL
@@ -119,15 +125,13 @@ class Checkpoints(Checkpoint):
         """Make best.ckpt a name of this step's file, if it is the best so far."""
         path = step_path(Path(trainer.default_root_dir), trainer.global_step)
         if trainer.global_step == self.best_step and path.exists():
-            best, beside = path.with_name("best.ckpt"), path.with_name("best.ckpt.tmp")
+            beside = path.with_name("best.ckpt.tmp")
             remove_checkpoint(beside)
             if path.is_dir():
                 shutil.copytree(path, beside, copy_function=link)
             else:
                 link(path, beside)
-            if path.is_dir() or best.is_dir():  # only a file can replace, and be replaced
-                remove_checkpoint(best)
-            os.replace(beside, best)
+            replace_checkpoint(path.with_name("best.ckpt"), beside)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 import warnings
 from pathlib import Path
@@ -157,6 +158,27 @@ def test_other_settings_do_not_disturb_the_order(folder: str, tmp_path: Path, op
     else:  # an epoch with an odd number of batches ends with a step on one
         assert first + second == expected(folder, len(first + second))
         assert 2 * 16 - 2 * 16 // epoch - 2 <= len(first + second) <= 2 * 16
+
+
+@pytest.mark.parametrize("other", [1, 3, 2 * B])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_batches_of_another_size_go_on_with_the_text(folder: str, tmp_path: Path, other: int, epoch: int) -> None:
+    """Nothing of an epoch is seen twice, less than a batch of it left out; also where the size changes again."""
+    tokens = TokenFiles.open(folder).train[:]
+
+    def batches(size: int, first: int, n: int) -> list[str]:
+        """So many, from this batch of the epoch on."""
+        n_before = epoch * len(opened(folder, batch_size=size).train_dataloader()) + first
+        wanted = (oracle(tokens, 0, n_before + i, S, size)[0] for i in range(n))
+        return [hashlib.sha256(inputs_BS.tobytes()).hexdigest() for inputs_BS in wanted]
+
+    step = epoch * len(opened(folder).train_dataloader())
+    _, checkpoint = run(module(folder), step + 5, tmp_path)
+    seen, checkpoint = run(module(folder, batch_size=other), step + 7, tmp_path / "other", checkpoint)
+    first = math.ceil(5 * B / other)
+    assert seen == batches(other, first, 2)
+    seen, _ = run(module(folder), step + 8, tmp_path / "again", checkpoint)
+    assert seen == batches(B, math.ceil((first + 2) * other / B), 1)
 
 
 def test_resume_from_a_checkpoint_after_validation(folder: str, tmp_path: Path) -> None:

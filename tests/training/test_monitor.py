@@ -11,7 +11,7 @@ from moepp.cli import main
 from moepp.model import MoEConfig, TransformerConfig, flops_per_token
 from moepp.training.bad_steps import BadSteps
 from moepp.training.module import LitMoE
-from moepp.training.monitor import Monitor
+from moepp.training.monitor import Monitor, imbalance
 from moepp.training.saving import Checkpoints
 from tests.conftest import read_csv, tiny
 
@@ -34,21 +34,31 @@ def test_neither_a_validation_nor_its_checkpoint_counts_as_training(
     text_file: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     validation, save = LitMoE.validation_step, Checkpoints.save
+    slept = 0.0
 
     def slow_validation(self: LitMoE, batch: dict, batch_idx: int) -> None:
-        time.sleep(0.5)
+        nonlocal slept
+        slept += 100
         validation(self, batch, batch_idx)
 
     def slow_save(self: Checkpoints, *args: object) -> Path:
-        time.sleep(1)
+        nonlocal slept
+        slept += 100
         return save(self, *args)
 
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + slept)
+    monkeypatch.setattr("moepp.training.monitor.time", clock)
     monkeypatch.setattr(LitMoE, "validation_step", slow_validation)
     monkeypatch.setattr(Checkpoints, "save", slow_save)
     options = ["--trainer.max_steps=6", "--trainer.val_check_interval=3", "--trainer.log_every_n_steps=3"]
     assert main(["fit", *tiny(text_file), *options, "--data.val_fraction=0.005"]) == 0
     _, after = read_csv(Path("runs/moepp/1"))
-    assert 3 * 4 * 32 / float(after["speed/tokens_per_second"]) < 1
+    assert slept >= 400  # two validations, and a checkpoint after each
+    assert 3 * 4 * 32 / float(after["speed/tokens_per_second"]) < 50
+
+
+def test_imbalance_is_of_the_layers_that_have_tokens() -> None:
+    assert imbalance(torch.tensor([[3, 1, 2, 2], [5, 0, 0, 0], [0, 0, 0, 0]])) == pytest.approx((1.5 + 4) / 2)
 
 
 def test_sums_are_reduced_on_the_device_and_are_left_as_they_are() -> None:

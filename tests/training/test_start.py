@@ -123,6 +123,11 @@ def test_a_teacher_pulls_and_is_no_part_of_the_model(
     assert main(further(text_file, *options, "--trainer.default_root_dir=taught")) == 0
     rows = read_csv(start / "taught")
     assert 0 <= float(rows[0]["train/distillation"]) < 0.05  # a silent start is the teacher itself
+    for row in rows:
+        loss, entropy, balance, distillation = (
+            float(row[f"train/{name}"]) for name in ("loss", "cross_entropy", "balance_scaled", "distillation")
+        )
+        assert loss == pytest.approx(0.5 * entropy + balance + 0.5 * distillation, rel=1e-5)
     checkpoint = read_checkpoint("taught/checkpoints/step-00000004.ckpt")
     assert checkpoint["state_dict"].keys() == read_checkpoint("converted.ckpt")["state_dict"].keys()
     student, teacher = load("converted.ckpt").model, load("vanilla.ckpt").model
