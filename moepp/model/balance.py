@@ -27,24 +27,26 @@ def shares(count_XE: Tensor, moe: MoEConfig) -> Tensor:
     return count_XE / (count_XE.sum(-1, keepdim=True) / moe.top_k)  # each token has K choices
 
 
-def load_balance_loss(probs_TE: Tensor, f_E: Tensor, moe: MoEConfig) -> Tensor:
-    """L_b = Σ_i η_i f_i P_i with η = 1 for FFN experts and τ for the others (equation 7).
+def load_balance_loss(probs_XTE: Tensor, f_XE: Tensor, moe: MoEConfig) -> Tensor:
+    """(…), of each layer: L_b = Σ_i η_i f_i P_i with η = 1 for FFN experts and τ for the others (equation 7).
 
     f_i (`shares`), counted before any capacity and without the bias that holds a budget, carries no gradient;
     P_i is the mean probability of expert i here: what gradients of several devices are averaged to is that of the
     mean over all tokens. With `balance_groups` both are taken as spread evenly over the FFN experts, and over the
-    others: their shares are balanced, single experts are not. Returns a scalar.
+    others: their shares are balanced, single experts are not.
     """
-    P_E = probs_TE.mean(0)
+    P_XE = probs_XTE.mean(-2)
     if moe.balance_groups:
-        groups = [moe.n_ffn, moe.n_zero_computation]
-        f_E, P_E = (
-            torch.cat([part.mean().expand(len(part)) for part in value_E.split(groups) if len(part)])
-            for value_E in (f_E, P_E)
-        )
-    eta_E = torch.full_like(P_E, moe.balance_tau)
-    eta_E[moe.kinds["ffn"]] = 1.0
-    return (eta_E * f_E * P_E).sum()
+        f_XE, P_XE = evened(f_XE, moe), evened(P_XE, moe)
+    eta_XE = torch.full_like(P_XE, moe.balance_tau)
+    eta_XE[..., moe.kinds["ffn"]] = 1.0
+    return (eta_XE * f_XE * P_XE).sum(-1)
+
+
+def evened(value_XE: Tensor, moe: MoEConfig) -> Tensor:
+    """Each group of experts, FFN and others, with its mean."""
+    groups = value_XE.split([moe.n_ffn, moe.n_zero_computation], dim=-1)
+    return torch.cat([group.mean(-1, keepdim=True).expand_as(group) for group in groups if group.numel()], dim=-1)
 
 
 def whole_capacities(moe: MoEConfig, n_tokens: int) -> tuple[int, int]:

@@ -55,19 +55,21 @@ class Dispatcher:
 
     def __init__(self, routing: Routing, group: dist.ProcessGroup) -> None:
         self.routing, self.group = routing, group
-        self.plan = Plan.of(routing.experts, routing.computed(), routing.moe.n_ffn)
-        sent_NE = self.plan.count_F.view(group.size(), -1)
+        plan = Plan.of(routing.experts, routing.computed(), routing.moe.n_ffn, routing.max_computed())
+        sent_NE = plan.count_F.view(group.size(), -1)
         arriving_NE = torch.empty_like(sent_NE)
         dist.all_to_all_single(arriving_NE, sent_NE, group=group)
         # the host has to know how much to receive: the one time that it waits for the device
         self.sent_N, self.arriving_N = torch.stack((sent_NE.sum(1), arriving_NE.sum(1))).tolist()
+        self.plan = plan.first(sum(self.sent_N))
         n_here = sent_NE.shape[1]
         experts_A = torch.arange(n_here, device=sent_NE.device).repeat(len(sent_NE))
         self.expert_A = experts_A.repeat_interleave(arriving_NE.flatten(), output_size=sum(self.arriving_N))
         self.moe = MoEConfig(n_ffn=n_here, n_zero=0, n_copy=0, n_const=0, top_k=1, gating_residual=False)
 
     def to_experts(self, x_TD: Tensor) -> tuple[Tensor, Routing]:
-        """(A, D), and their routing: to the experts here they are tokens of one choice, whose gate is 1."""
+        """(A, D), and their routing: each row that arrives is a token of one choice whose gate is 1. Its own gate
+        is applied where it came from."""
         rows_RD = Dispatch.apply(x_TD, self.plan)
         rows_AD = Exchange.apply(rows_RD, self.sent_N, self.arriving_N, self.group)
         ones_A1 = torch.ones(len(rows_AD), 1, dtype=self.routing.gates.dtype, device=x_TD.device)

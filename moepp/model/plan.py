@@ -4,7 +4,7 @@ T tokens, K choices a token, A = T·K assignments, F = n_ffn, R rows: those of t
 Made once for a layer's tokens; looped.py and grouped.py carry it out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -53,6 +53,10 @@ class Plan:
             row_TK=row_A.view_as(experts_TK).where(computed_TK, 0),
             computed_TK=computed_TK,
         )
+
+    def first(self, n_rows: int) -> "Plan":
+        """Without the garbage behind them, for a host that has learned how many rows are computed."""
+        return replace(self, assignment_R=self.assignment_R[:n_rows], token_R=self.token_R[:n_rows])
 
     def rounded_up(self, multiple: int) -> "Plan":
         """The rows of each expert rounded up to a multiple. Spare rows are the first token's, of no assignment."""

@@ -38,11 +38,11 @@ class Routing:
 
     @property
     def probs(self) -> Tensor:
-        """(T, E): softmax of the scores. Only the balance loss needs it, so it is computed when asked for."""
+        """(T, E): softmax of the scores."""
         return self.scores.softmax(-1)
 
     def load_balance_loss(self) -> Tensor:
-        """L_b of this layer (equation 7), a scalar with a gradient."""
+        """L_b of this layer (equation 7), a scalar with a gradient; all devices have to ask for it."""
         return mean_load_balance_loss([self])
 
     def computed(self) -> Tensor:
@@ -77,11 +77,11 @@ class Routing:
 
 
 def mean_load_balance_loss(routings: list[Routing]) -> Tensor:
-    """Mean of L_b over the MoE layers, what β multiplies."""
+    """Mean of L_b over the MoE layers, what β multiplies. In `balance_over: batch` a collective of all devices."""
+    moe, scores_LTE = routings[0].moe, torch.stack([routing.scores for routing in routings])
     count_LE = torch.stack([routing.unbiased_tokens_per_expert() for routing in routings])
-    f_LE = balance.shares(count_LE.to(routings[0].scores.dtype), routings[0].moe)
-    losses = [balance.load_balance_loss(r.probs, f_E, r.moe) for r, f_E in zip(routings, f_LE, strict=True)]
-    return torch.stack(losses).mean()
+    f_LE = balance.shares(count_LE.to(scores_LTE.dtype), moe)
+    return balance.load_balance_loss(scores_LTE.softmax(-1), f_LE, moe).mean()
 
 
 class Router(nn.Module):

@@ -90,7 +90,7 @@ def shard(
         """Of stacked experts each one's rows, as there may be fewer experts than ranks."""
         return Shard(1 if parameter.dim() == 3 else 0)
 
-    # of constant experts that there are none of: FSDP cannot reduce their gradients
+    # constant experts' where there are none: FSDP cannot reduce gradients of no elements
     empty = {parameter for parameter in model.parameters() if parameter.numel() == 0}
     for block in model.blocks:
         matrices, ffn = [block.attention.qkv, block.attention.output], block.moe.ffn
@@ -103,10 +103,10 @@ def shard(
                 ffn.register_parameter(name, nn.Parameter(part))
             fully_shard(ffn, mesh=experts, mp_policy=of_matrices, shard_placement_fn=by_row)
         fully_shard(matrices, mesh=dense, mp_policy=of_matrices, shard_placement_fn=by_row)
-        fully_shard(block, mesh=dense, mp_policy=of_others, ignored_params=empty)
     if not model.config.tie_embeddings:  # whole for its forward pass alone: nothing needs it in backward
         fully_shard(model.embedding, mesh=dense, mp_policy=of_others)
         model.embedding.set_unshard_in_backward(False)
+    # the rest, norms and routers among it, is small: gathered once, for all blocks
     fully_shard(model, mesh=dense, mp_policy=of_others, ignored_params=empty)
     register_fsdp_forward_method(model, "hidden")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
 
 from moepp.model import InputError
@@ -30,6 +30,13 @@ def strategy_of(name: Any) -> Any:
 def is_sharded(trainer: Any) -> bool:
     """By the options of a trainer (a section that is wrong has none)."""
     return getattr(trainer, "strategy", None) == SHARDED
+
+
+def spare_copies(strategy: Strategy) -> None:
+    """DDP by default copies all gradients into its buckets, and sends all buffers, which every device computes."""
+    if isinstance(strategy, DDPStrategy):
+        ours = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+        strategy._ddp_kwargs = ours | strategy._ddp_kwargs
 
 
 @contextmanager

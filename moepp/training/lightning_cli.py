@@ -26,7 +26,7 @@ from moepp.training.arguments import NO_OPTIONS, OneLineParser, expand_bases, ex
 from moepp.training.bad_steps import BadSteps
 from moepp.training.checkpoint import CheckpointFiles, naming_checkpoint, read_rest
 from moepp.training.csv_log import CSVLog
-from moepp.training.devices import is_sharded, naming_lost_device, strategy_of
+from moepp.training.devices import is_sharded, naming_lost_device, spare_copies, strategy_of
 from moepp.training.module import LitMoE
 from moepp.training.monitor import Monitor
 from moepp.training.option_names import SECTIONS
@@ -249,6 +249,7 @@ class MoECLI(LightningCLI):
             elif ckpt_path is not None:
                 say(self.trainer, f"goes on after step {self.begun_step}, from {ckpt_path}")
             keep_freed_memory(self.trainer.strategy.root_device)
+            spare_copies(self.trainer.strategy)
             self.trainer.fit_loop.__class__ = FitLoop
             naming = naming_checkpoint(ckpt_path, "continued", lambda: model.training_begun)
             with naming, naming_lost_device(self.trainer.strategy):

@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 
 from moepp.cli import main
 from moepp.training.checkpoint import last_checkpoint, load, read_checkpoint, step_path
+from moepp.training.devices import spare_copies
 from tests.conftest import read_csv, tiny
 from tests.ranks import Ranks
 
@@ -110,6 +112,13 @@ def test_as_one_process_of_as_large_a_batch(
         again = tmp_path / "again"
         fit(ranks, processes, [*options(text_file, again, processes, *more), f"--ckpt_path={step_path(run, 10)}"])
         assert_same_end(run, again, tolerance=0.0)
+
+
+def test_ddp_makes_no_copies_unless_it_is_told_to() -> None:
+    for own in ({}, {"broadcast_buffers": True, "static_graph": True}):
+        strategy = DDPStrategy(**own)
+        spare_copies(strategy)
+        assert strategy._ddp_kwargs == {"gradient_as_bucket_view": True, "broadcast_buffers": False} | own
 
 
 @pytest.mark.heavy
