@@ -25,11 +25,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Tiny matrices gain nothing from a second thread, and results do not depend on how many there are."""
+def one_thread_and_seed() -> None:
+    """Tiny matrices gain nothing from a second thread; nothing depends on threads or on the tests before."""
     import torch
 
     torch.set_num_threads(1)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

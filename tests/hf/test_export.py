@@ -237,7 +237,8 @@ def test_new_weights_are_drawn_as_ours() -> None:
     for name, [parts] in tensor_names(ours.config, ours.moe_config):
         expected, drawn = ours.get_parameter(name), torch.cat([model.get_parameter(part) for part in parts])
         assert drawn.shape == expected.shape
-        assert drawn.std().item() == pytest.approx(expected.std().item(), rel=0.2), name
+        # the s.d. of each side's n draws is itself off by 1 / sqrt(2n)
+        assert drawn.std().item() == pytest.approx(expected.std().item(), rel=4 / drawn.numel() ** 0.5), name
     assert model.model.layers[1].mlp.gate.bias == 0
 
 

@@ -349,3 +349,11 @@ def test_the_bias_rises_while_it_trains() -> None:
         schedule.on_step_begin(None, state, None, model=model)
         found.append([bias.item() for bias in biases])
     assert found == [[value] * 3 for value in (-2.0, -1.5, -1.0, -0.5, 0.0, 0.0)]
+
+
+def test_data_parallel_is_refused() -> None:
+    """Its replicas share one model's modules, and would one pathway."""
+    model = hf.swap_moe(plain(), **ADDED)
+    model.model._is_replica = True  # as nn.DataParallel marks them
+    with pytest.raises(InputError, match=r"nn\.DataParallel is not supported: start with torchrun"):
+        model(tokens())

@@ -4,6 +4,7 @@ import hashlib
 import multiprocessing
 import re
 import shutil
+import tracemalloc
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -235,3 +236,14 @@ def test_a_vocabulary_that_the_text_cannot_fill_is_named(
     write_text(tmp_path / "text", {"a": 5})
     make(tmp_path, progress=True, vocab_size=5000)
     assert "of vocab_size=5,000 the rest stands unused" in capsys.readouterr().out
+
+
+def test_text_is_copied_as_it_comes(tmp_path: Path) -> None:
+    """20 MB of it, of which little is in memory at a time."""
+    stream = (("domain", f"{n:>2000}") for n in range(10_000))
+    tracemalloc.start()
+    documents = preparing.Documents.copy(stream, tmp_path / "documents", lambda n_bytes: None)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert documents.bytes_N.tolist() == [2000] * 10_000
+    assert most < 4e6

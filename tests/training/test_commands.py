@@ -7,10 +7,12 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 
 from moepp.cli import main
 from moepp.model import load_released
 from moepp.training.checkpoint import load
+from tests.conftest import read_csv
 
 REFERENCE = Path(__file__).parents[1] / "model/reference/released_two_layer_gate"
 
@@ -67,3 +69,28 @@ def test_a_folder_of_others_becomes_a_checkpoint(workdir: Path, capsys: pytest.C
     assert main(["import", "mixtral", "other.ckpt"]) == 2
     assert "has neither" in capsys.readouterr().err
     assert not Path("other.ckpt").exists()
+
+
+def test_anothers_model_is_imported_converted_and_trained_on(
+    text_file: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As README has it, but for sizes. Its vocabulary is larger than its tokenizer's, and no multiple of 64."""
+    foreign = pytest.importorskip("tests.foreign_models")
+    monkeypatch.setitem(foreign.SIZES, "vocab_size", 300)
+    foreign.build("olmoe").save_pretrained("olmoe")
+    alphabet = sorted(set(text_file.read_text()))
+    tokenizer = Tokenizer(WordLevel({"<eos>": 0} | {letter: n for n, letter in enumerate(alphabet, 1)}, "<eos>"))
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    tokenizer.add_special_tokens(["<eos>"])
+    tokenizer.save("olmoe/tokenizer.json")
+    Path("olmoe/tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    assert main(["import", "olmoe", "olmoe.ckpt"]) == 0
+    assert main(["convert", "olmoe.ckpt", "olmoe++.ckpt", "--ffn_per_token=2"]) == 0
+    options = ["--model.init_from=olmoe++.ckpt", "--model.distill.teacher=olmoe.ckpt", "--model.convert.steps=2"]
+    options += [f"--data.path={text_file}", "--data.tokenizer=olmoe/tokenizer.json"]
+    sizes = ["--data.seq_len=32", "--data.batch_size=4", "--trainer.max_steps=3", "--trainer.log_every_n_steps=1"]
+    assert main(["fit", *options, *sizes, "--trainer.default_root_dir=run", "--trainer.accelerator=cpu"]) == 0
+    first, *_, last = (row for row in read_csv(Path("run")) if row["train/loss"])
+    assert abs(float(first["train/distillation"])) < 0.05  # hardly anybody goes to the new experts yet
+    assert float(first["routing/ffn_per_token"]) > float(last["routing/ffn_per_token"])
+    assert load("run/checkpoints/step-00000003.ckpt").model.config.vocab_size == 300

@@ -90,6 +90,15 @@ def test_validation_weighs_tokens_not_batches(monkeypatch: pytest.MonkeyPatch) -
     assert figures["loss"] == pytest.approx(expected.item(), rel=1e-6)
     assert figures["perplexity"] == pytest.approx(expected.exp().item(), rel=1e-5)
     assert figures["bits_per_byte"] == pytest.approx(expected.item() / math.log(2), rel=1e-6)
+    files.domains, files.bytes_per_letter = ["a", "b"], torch.tensor([1.0, 2.0]).double()
+    module.on_validation_epoch_start()
+    module.validation_step({"inputs": inputs, "targets": targets, "domain": torch.tensor([1, 0])}, 0)
+    nats_B = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), targets, ignore_index=-100, reduction="none"
+    )
+    figures = module.validation.compute()
+    assert figures["bits_per_byte/a"] == pytest.approx(nats_B[1].sum().item() / 3 / math.log(2), rel=1e-6)
+    assert figures["bits_per_byte/b"] == pytest.approx(nats_B[0].sum().item() / 16 / math.log(2), rel=1e-6)
     module.on_validation_epoch_start()
     torch.set_default_dtype(torch.bfloat16)  # as Lightning does around a step, under bf16-true
     try:

@@ -1,0 +1,79 @@
+"""README's commands and code, and what the Makefile makes of its variables."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import moepp
+from moepp.training.lightning_cli import resolve
+from tests.conftest import RECIPES
+
+ROOT = RECIPES.parent
+BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+COMMANDS = sorted(
+    {
+        line.partition(" #")[0].strip()
+        for language, block in BLOCKS
+        for line in block.splitlines()
+        if language == "bash" and line.startswith("make ")
+    }
+)
+
+
+def moepp_arguments(make: str) -> list[str]:
+    """Those of the `moepp` that `make …` would start; nothing of a target that starts something else."""
+    dry = subprocess.run([*shlex.split(make), "-n"], cwd=ROOT, capture_output=True, text=True, check=True)
+    starts = [line for line in dry.stdout.splitlines() if line.startswith(".venv/bin/moepp")]
+    return shlex.split(starts[-1])[1:] if starts else []
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments"),
+    [
+        ("train", "fit --config recipes/moepp.yaml"),
+        (
+            "train RECIPE=recipes/vanilla.yaml DATA='my text.txt' ARGS='--trainer.max_steps=2 --data.seed=1'",
+            "fit --config recipes/vanilla.yaml --trainer.max_steps=2 --data.seed=1 --data.path='my text.txt'",
+        ),
+        ("compare DATA=my.txt ARGS=--quick", "ablate --matrix recipes/compare.yaml --quick --data.path=my.txt"),
+        ("ablate RECIPE=recipes/gpu.yaml", "ablate --matrix recipes/ablate.yaml --base=recipes/gpu.yaml"),
+        ("frontier ARGS=--quick", "ablate --matrix recipes/frontier.yaml --quick"),
+        ("data DATA=my.txt", "prepare my.txt"),
+        ("data", "prepare data/corpus.yaml"),
+        ("resume", "fit --config recipes/moepp.yaml --ckpt_path last"),
+        ("figures CKPT=a.ckpt DATA=sciq", "figures --ckpt=a.ckpt --data.path=sciq"),
+        ("eval TASKS=sciq,piqa CKPT=a.ckpt", "eval --tasks=sciq,piqa --ckpt=a.ckpt"),
+        ("generate PROMPT='The Lord said'", "generate --prompt=$PROMPT"),
+    ],
+)
+def test_what_make_starts(make: str, arguments: str) -> None:
+    assert moepp_arguments(f"make {make}") == shlex.split(arguments)
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith("make bench")])
+def test_a_command_of_the_readme_is_one(command: str) -> None:
+    """`make bench` starts make anew, which `-n` does not keep from running. Options of training are real ones."""
+    verb, *options = moepp_arguments(command) or [""]
+    if verb == "fit" and "--ckpt_path" not in options:
+        path = options.index("--config") + 1
+        resolve([*options[:path], str(ROOT / options[path]), *options[path + 1 :]])
+
+
+def test_the_code_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = (block for language, block in BLOCKS if language == "python" and "load_released" in block)
+    released = Path(__file__).parent / "model/reference/released_linear_gate"
+    names = {"x": torch.randn(2, 5, 768), "cross_entropy": torch.zeros(())}
+    exec(code.replace("path/to/released/folder", str(released)), names)
+    assert names["y"].shape == names["x"].shape  # type: ignore[attr-defined]
+    assert {"MoELayer", "load_released"} <= set(moepp.__all__)
+
+
+def test_the_package_has_the_names_of_the_method() -> None:
+    import moepp.model
+
+    for name in moepp.__all__:
+        assert getattr(moepp, name) is getattr(moepp.model, name)
