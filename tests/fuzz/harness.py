@@ -105,21 +105,24 @@ def entries(tree: Any) -> Iterator[tuple[Any, Any]]:
 # ---- cases -------------------------------------------------------------------------------------------------
 
 
-def cases(number: int, **strategies: st.SearchStrategy[Any]) -> Callable[[Callable], Callable]:
-    """Run a test on `number` drawn cases, each within `SECONDS`, and see that it were so many. Of a profile of
-    hypothesis (conftest.py) that is for a part of them, on that part."""
+def cases(
+    number: int, least_good: float = 0.0, **strategies: st.SearchStrategy[Any]
+) -> Callable[[Callable], Callable]:
+    """Run a test on `number` drawn cases, each within `SECONDS`, and see that it were so many, and that for
+    `least_good` of them it returned True. Of a profile of hypothesis (conftest.py) that is for a part of them, on
+    that part."""
 
     def decorate(test: Callable) -> Callable:
         PLANNED[f"{test.__module__}.{test.__name__}"] = number
         tried = -(-number * settings.default.max_examples // 100)
-        done = 0
+        done = good = 0
 
         @functools.wraps(test)
         def one_case(*args: Any, **drawn: Any) -> None:
-            nonlocal done
+            nonlocal done, good
             done += 1
             with time_limit(SECONDS):
-                test(*args, **drawn)
+                good += test(*args, **drawn) is True
 
         bulk = settings(
             max_examples=tried,
@@ -131,10 +134,11 @@ def cases(number: int, **strategies: st.SearchStrategy[Any]) -> Callable[[Callab
 
         @functools.wraps(bulk)
         def counted(*args: Any, **fixtures: Any) -> None:
-            nonlocal done
-            done = 0
+            nonlocal done, good
+            done = good = 0
             bulk(*args, **fixtures)
             assert done >= tried, f"only {done} cases: give the strategies more to draw from"
+            assert good >= least_good * done, f"of {done} cases only {good} got as far as they should"
 
         return counted
 

@@ -19,35 +19,14 @@ NUMBERS = (
 ANYTHING = NUMBERS | st.booleans() | st.none() | st.text(max_size=3) | st.lists(NUMBERS, max_size=2)
 
 
-def options_of(config: type, values: st.SearchStrategy[Any], **known: st.SearchStrategy[Any]) -> st.SearchStrategy:
-    """Some of a dataclass's fields, by default with any of `values`."""
-    strategies = {field.name: values for field in fields(config)}
-    return st.fixed_dictionaries({}, optional=strategies | known)
-
-
-@cases(500, options=options_of(MoEConfig, ANYTHING))
-def test_moe(options: dict[str, Any]) -> None:
-    def use() -> None:
-        moe = MoEConfig(**options)
-        assert 0 <= moe.ffn_share <= 1
-        if moe.capacity_factor is not None:
-            assert min(moe.capacities(128)) >= 0
-
-    refused(use)
-
-
-@cases(400, options=options_of(TransformerConfig, ANYTHING))
-def test_transformer(options: dict[str, Any]) -> None:
-    refused(lambda: TransformerConfig(**options))
-
-
-@cases(300, options=options_of(OptimConfig, NUMBERS, betas=st.tuples(NUMBERS, NUMBERS)))
-def test_optimizer(options: dict[str, Any]) -> None:
-    def use() -> None:
-        optim = OptimConfig(**options)
-        assert all(0 <= optim.lr_at(step, total_steps=10) < 10**9 for step in (0, 5, 9))
-
-    refused(use)
+def spoilt(
+    config: type, good: dict[str, st.SearchStrategy[Any]], values: st.SearchStrategy[Any], **known: Any
+) -> st.SearchStrategy:
+    """Good options, up to two of which are given any value."""
+    strategies = {field.name: values for field in fields(config)} | known
+    bad = st.lists(st.one_of([st.tuples(st.just(name), value) for name, value in strategies.items()]), max_size=2)
+    good_ones = st.fixed_dictionaries({}, optional=good)
+    return st.tuples(good_ones, bad).map(lambda parts: parts[0] | dict(parts[1]))
 
 
 SIZES = {
@@ -70,23 +49,64 @@ EXPERTS = {
     "router_depth": st.sampled_from([1, 2]),
     "renormalize_without_zero": st.booleans(),
 }
+SHARE = st.floats(0.01, 1)
+MORE = {
+    "tau": SHARE,
+    "capacity_factor": st.none() | st.floats(1, 4),
+    "balance_weight": SHARE,
+    "ffn_budget": st.none() | SHARE,
+    "logits_norm_std": st.none() | SHARE,
+}
+SCHEDULE = {
+    "lr": SHARE,
+    "min_lr": st.just(0.001),
+    "warmup_steps": st.integers(0, 20),
+    "betas": st.tuples(SHARE, SHARE),
+    "weight_decay": SHARE,
+}
 # from nothing to the most that any option takes: where float32 is most likely to give up
 EXTREMES = st.sampled_from([1e-45, 1e-30, 1e-12, 1e-6, 0.5, 1.0, 10.0, 1e3, 1e9])
 SMALL = {"vocab_size": 16, "n_layers": 2, "hidden_size": 8, "intermediate_size": 8, "n_heads": 2}
 
 
+@cases(500, least_good=0.2, options=spoilt(MoEConfig, EXPERTS | MORE, ANYTHING))
+def test_moe(options: dict[str, Any]) -> bool:
+    def use() -> None:
+        moe = MoEConfig(**options)
+        assert 0 <= moe.ffn_share <= 1
+        if moe.capacity_factor is not None:
+            assert min(moe.capacities(128)) >= 0
+
+    return not refused(use)
+
+
+@cases(400, least_good=0.2, options=spoilt(TransformerConfig, SIZES, ANYTHING))
+def test_transformer(options: dict[str, Any]) -> bool:
+    return not refused(lambda: TransformerConfig(**options))
+
+
+@cases(300, least_good=0.2, options=spoilt(OptimConfig, SCHEDULE, NUMBERS, betas=st.tuples(NUMBERS, NUMBERS)))
+def test_optimizer(options: dict[str, Any]) -> bool:
+    def use() -> None:
+        optim = OptimConfig(**options)
+        assert all(0 <= optim.lr_at(step, total_steps=10) <= 10**9 for step in (0, 5, 9))
+
+    return not refused(use)
+
+
 @cases(
     300,
-    transformer=options_of(TransformerConfig, EXTREMES, **SIZES),
-    moe=options_of(MoEConfig, EXTREMES, **EXPERTS),
+    least_good=0.2,
+    transformer=spoilt(TransformerConfig, SIZES, EXTREMES, **SIZES),
+    moe=spoilt(MoEConfig, EXPERTS, EXTREMES, **EXPERTS),
 )
-def test_what_is_not_refused_trains_on_finite_numbers(transformer: dict[str, Any], moe: dict[str, Any]) -> None:
+def test_what_is_not_refused_trains_on_finite_numbers(transformer: dict[str, Any], moe: dict[str, Any]) -> bool:
     torch.manual_seed(0)
     try:
         config = TransformerConfig(**SMALL | {"context_length": 8} | transformer)
         model = Transformer(config, MoEConfig(**moe))
     except InputError:
-        return
+        return False
     tokens = torch.arange(9) % config.vocab_size
     output = model(tokens[None, :8])
     balance = mean_load_balance_loss(output.routings)
@@ -95,6 +115,7 @@ def test_what_is_not_refused_trains_on_finite_numbers(transformer: dict[str, Any
     assert loss.isfinite()
     for name, parameter in model.named_parameters():
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
+    return True
 
 
 @cases(100, name=st.sampled_from(["vocab_size", "hidden_size", "n_layers", "n_ffn", "n_const"]), size=HUGE)
