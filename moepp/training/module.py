@@ -157,7 +157,6 @@ class LitMoE(L.LightningModule):
         return {
             # a loss that is not finite makes every gradient NaN, on every device: the step will be skipped
             "loss": loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan),
-            "total": loss.detach(),
             "cross_entropy": cross_entropy.detach(),
             "balance": balance.detach(),
             "ffn_assignments": torch.stack([routing.computed().sum() for routing in routings]).sum(),

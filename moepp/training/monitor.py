@@ -92,6 +92,10 @@ class Monitor(L.Callback):
         counts_LE = sums.pop("tokens_per_expert_LE")
         del sums["loss"]  # Lightning has divided it by accumulate_grad_batches
         means = {f"train/{name}": float(value) / n_batches for name, value in sums.items()}
+        balance_scaled = model.moe.balance_weight * means["train/balance"]
+        loss = means[CROSS_ENTROPY] + balance_scaled
+        if model.teacher is not None:
+            loss += model.distill.weight * (means["train/distillation"] - means[CROSS_ENTROPY])
         shares_E = counts_LE.sum(0) / counts_LE.sum()
         ffn_per_token = n_batches * means.pop("train/ffn_assignments") / (model.transformer.n_layers * n_tokens)
         timed_tokens = trainer.world_size * (n_tokens - self.tokens_before)
@@ -100,9 +104,9 @@ class Monitor(L.Callback):
         teacher = None if model.teacher is None else model.teacher.configs
         flops = training_flops_per_token((model.transformer, model.moe), seq_len, ffn_per_token, teacher)
         metrics = {
-            "train/loss": means.pop("train/total"),
             **means,
-            "train/balance_scaled": model.moe.balance_weight * means["train/balance"],
+            "train/balance_scaled": balance_scaled,
+            "train/loss": loss,
             "train/gradient_norm": float(model.gradient_norm),
             "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
             TOKENS: self.tokens,
