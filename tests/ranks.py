@@ -12,20 +12,24 @@ LIMIT = 120  # seconds for one thing
 
 
 class Ranks:
-    """Of n processes the first few, as many as a call wants. What is given to them must be importable."""
+    """As many processes as any call has wanted. What is given to them must be importable."""
 
-    def __init__(self, n: int) -> None:
-        context = get_context("spawn")
-        self.pipes, self.processes = [], []
-        for rank in range(n):
-            here, there = context.Pipe()
-            process = context.Process(target=serve, args=(rank, there), daemon=True)
-            process.start()
-            self.pipes.append(here)
-            self.processes.append(process)
+    def __init__(self) -> None:
+        self.context = get_context("spawn")
+        self.pipes: list[Any] = []
+        self.processes: list[Any] = []
+
+    def start_one(self) -> None:
+        here, there = self.context.Pipe()
+        process = self.context.Process(target=serve, args=(len(self.pipes), there), daemon=True)
+        process.start()
+        self.pipes.append(here)
+        self.processes.append(process)
 
     def run(self, n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """What `function` returns in each of n processes, which may form a process group in it."""
+        while len(self.pipes) < n:
+            self.start_one()
         port = free_port()
         for pipe in self.pipes[:n]:
             pipe.send((n, port, function, args))

@@ -71,7 +71,7 @@ def report(folder: Path) -> dict[str, Any]:
     given = load_file(folder / "tokens.safetensors")
     tokens, logits = given["tokens"], given["logits"]
     found: dict[str, Any] = {"logits": {}}
-    for experts, attention in [(e, a) for e in ("eager", "grouped_mm", "batched_mm") for a in ("eager", "sdpa")]:
+    for experts, attention in (("eager", "eager"), ("grouped_mm", "sdpa"), ("batched_mm", "sdpa")):
         model = load(folder, experts, attention)
         with torch.no_grad():
             found["logits"][f"{experts}, {attention}"] = distance(model(tokens).logits, logits)

@@ -114,7 +114,7 @@ def test_without_moepp_the_logits_are_the_same(found: dict[str, dict[str, Any]],
     report = found[name]
     assert report["class"] == "transformers_modules, MoeppForCausalLM"
     assert report["implementations"] == ["batched_mm", "sdpa"]
-    assert len(report["logits"]) == 6
+    assert len(report["logits"]) == 3
     for back_ends, distance in report["logits"].items():
         assert distance <= 1e-5, back_ends
         assert report[f"cache, {back_ends}"] <= 1e-5, back_ends
@@ -167,8 +167,11 @@ def test_import_reads_it_back(exported: dict[str, Path], tmp_path: Path, name: s
     assert after.meta == before.meta
 
 
-@pytest.mark.parametrize("reentrant", [None, False, True])
-@each
+# one class of theirs checkpoints the layers of all models
+@pytest.mark.parametrize(
+    ("name", "reentrant"),
+    [(name, None) for name in MODELS] + [(name, kind) for name in [*MODELS][:2] for kind in (False, True)],
+)
 def test_loss_and_gradients_are_ours(exported: dict[str, Path], name: str, reentrant: bool | None) -> None:
     """In training. Opened without `trust_remote_code`: importing moepp.hf has registered the classes."""
     theirs = AutoModelForCausalLM.from_pretrained(exported[name]).double().train()

@@ -16,7 +16,7 @@ D, H = 16, 24
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    ranks = Ranks(4)
+    ranks = Ranks()
     yield ranks
     ranks.end()
 

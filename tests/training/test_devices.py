@@ -49,7 +49,7 @@ def options(text: Path, folder: Path, processes: int, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    ranks = Ranks(4)
+    ranks = Ranks()
     yield ranks
     ranks.end()
 
