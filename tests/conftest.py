@@ -89,3 +89,23 @@ def without_speed(run: Path) -> list[dict[str, str]]:
 def read_csv(run: Path) -> list[dict[str, str]]:
     with (run / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Runs a verb that must be refused; returns its one line."""
+    from moepp.cli import main
+
+    capsys.readouterr()
+    before = snapshot()
+    assert main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    after = snapshot()
+    assert {name: after.get(name) for name in before} == before
+    assert not [name for name in after if name.startswith("runs/") and name not in before]
+    return lines[0]
+
+
+def snapshot() -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file()}

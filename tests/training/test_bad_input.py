@@ -10,25 +10,7 @@ import torch
 
 from moepp.cli import main
 from moepp.training.checkpoint import read_checkpoint, step_path, write_checkpoint
-from tests.conftest import tiny
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Runs a verb that must be refused; returns its one line."""
-    capsys.readouterr()
-    before = snapshot()
-    assert main(list(arguments)) == 2
-    captured = capsys.readouterr()
-    lines = captured.err.splitlines()
-    assert len(lines) == 1, captured.err
-    after = snapshot()
-    assert {name: after.get(name) for name in before} == before
-    assert not [name for name in after if name.startswith("runs/") and name not in before]
-    return lines[0]
-
-
-def snapshot() -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+from tests.conftest import refused, tiny
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from moepp.text.data_module import TokenDataModule
 from moepp.text.token_files import TokenFiles
 from moepp.training.checkpoint import load, read_checkpoint
 from moepp.training.start import CALIBRATION_TOKENS, BudgetConfig, calibration_tokens
-from tests.conftest import read_csv, small_text, tiny
+from tests.conftest import read_csv, refused, small_text, tiny
 
 CKPT = "--ckpt=run/checkpoints/step-00000120.ckpt"
 
@@ -177,5 +177,4 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     monkeypatch.chdir(run)
     verb, *more = arguments
-    assert main([verb, *(tiny(text_file) if verb == "fit" else []), *more]) == 2
-    assert message in capsys.readouterr().err
+    assert message in refused(capsys, verb, *(tiny(text_file) if verb == "fit" else []), *more)

@@ -22,8 +22,7 @@ from moepp.training.arguments import ints_before_floats
 from moepp.training.checkpoint import read_checkpoint, step_path, write_checkpoint
 from moepp.training.lightning_cli import MoECLI, parse
 from moepp.training.module import LitMoE
-from tests.conftest import read_csv, tiny
-from tests.training.test_bad_input import refused
+from tests.conftest import read_csv, refused, tiny
 
 RUN = Path("runs/moepp/1")
 

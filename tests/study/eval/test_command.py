@@ -11,9 +11,8 @@ import torch
 
 from moepp.cli import main
 from moepp.training.checkpoint import read_checkpoint
-from tests.conftest import tiny
+from tests.conftest import refused, tiny
 from tests.study.eval.conftest import TASKS, write_documents, write_task
-from tests.training.test_bad_input import refused
 
 FOUR = ",".join(TASKS)
 SHOTS = {  # the paper's

@@ -23,9 +23,8 @@ from moepp.text.held_out import TextOptions, open_held_out
 from moepp.text.token_files import TokenFiles
 from moepp.training import checkpoint
 from moepp.training.checkpoint import load
-from tests.conftest import tiny
+from tests.conftest import refused, tiny
 from tests.study.figures.test_parts_of_speech import LEXICON
-from tests.training.test_bad_input import refused
 
 PICTURES = {
     *("load", "tokens", "parts_of_speech", "passage", "scores", "pathway"),
