@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import typing
 from functools import reduce
 from itertools import pairwise
 from operator import getitem
@@ -126,10 +125,8 @@ def ints_before_floats(hints: dict[str, Any]) -> None:
     which of them Lightning's options are.
     """
     for name, hint in hints.items():
-        if {int, float} <= set(types := get_args(hint)):
-            for clear_cache in typing._cleanups:  # type: ignore[attr-defined]
-                clear_cache()
-            hints[name] = Union[int, *(one for one in types if one is not int)]
+        if {int, float} <= set(get_args(hint)):
+            hints[name] = Union[int, hint]
 
 
 ints_before_floats(Trainer.__init__.__annotations__)
