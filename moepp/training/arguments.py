@@ -126,7 +126,7 @@ def ints_before_floats(hints: dict[str, Any]) -> None:
     """
     for name, hint in hints.items():
         if {int, float} <= set(get_args(hint)):
-            hints[name] = Union[int, hint]
+            hints[name] = Union[int, hint]  # noqa: UP007
 
 
 ints_before_floats(Trainer.__init__.__annotations__)
