@@ -1,9 +1,9 @@
 """A compute budget that is held: how many FFN experts tokens take, by a bias on who is chosen.
 
-In training each sequence of a batch goes by the others, on every device by those there (margins.py). What they
-have to be told is how many FFN experts a layer takes, where the budget is a mean over layers, and what the steps
-before spent too much. The load balance is of the choice without the bias, so that the router comes to the budget
-by itself (`Routing.unbiased_tokens_per_expert`).
+In training a sequence's bias is the leave-one-out quantile of its own device's micro-batch (margins.py). What no
+micro-batch knows is added here: how a budget over the whole model divides over its layers, and what the steps
+before have spent too much or too little. The load balance is of the choice without the bias, so that the router
+comes to the budget by itself (`Routing.unbiased_tokens_per_expert`).
 
 A batch of one sequence goes by the batches before, by an average of their margins' quantiles, and so does
 evaluation on the way. At the end text of the training is read again with the weights as they are then, for
@@ -71,8 +71,8 @@ class Budget(nn.Module):
         now_LQ, spent_L1 = figures_LF.split((QUANTILES, 1), dim=1)
         self.pending.clear()
         debt_X = self.debt_X + spent_L1.view(len(self.debt_X), -1).mean(1) - ffn_per_token
-        # no more than one step can repay: where the router runs ahead of the average, in the first steps, these
-        # would else be paid for with many steps without any FFN expert
+        # no more than one step can repay: in the first steps the router runs ahead of the average, and all of that
+        # debt would cost many steps without any FFN expert
         fewest, most = self.moe.ffn_range
         debt_X = debt_X.clamp(ffn_per_token - most, ffn_per_token - fewest)
         weight = (1 / (self.steps + 1)).clamp(min=WEIGHT)  # the first steps all count alike
@@ -95,26 +95,35 @@ class Budget(nn.Module):
     @torch.no_grad()
     def spend(self, ffn_per_token: float) -> None:
         """Set the routers' biases so that tokens like those seen take so many FFN experts each, in the mean; and
-        how many each layer takes, for sequences that go by others."""
-        in_training_X = ffn_per_token - REPAID * self.debt_X.float()
-        in_evaluation_X = torch.full_like(in_training_X, ffn_per_token)
-        # of each of the l layers that share a bias
-        middles_XlM = middles(self.quantiles_LQ.float()).unflatten(0, (len(in_training_X), -1))
-        bias_2X = torch.stack(
-            [
-                quantile_by_row(middles_XlM.flatten(1), level_of(aim_X, self.moe))
-                for aim_X in (in_training_X, in_evaluation_X)
-            ]
-        )
-        fewest, most = self.moe.ffn_range
-        above_Xl = (middles_XlM > bias_2X[0, :, None, None]).float().mean(2)
-        # their mean is the aim, whatever they are: before the first step all are 0
-        ffn_Xl = in_training_X[:, None] + (most - fewest) * (above_Xl - above_Xl.mean(1, keepdim=True))
-        bias_2L = bias_2X.repeat_interleave(above_Xl.shape[1], dim=1)
-        for router, bias_2, ffn in zip(self.routers, bias_2L.T, ffn_Xl.flatten(), strict=True):
+        how many each layer takes, for the leave-one-out quantiles."""
+        training_X = ffn_per_token - REPAID * self.debt_X.float()
+        evaluation_X = torch.full_like(training_X, ffn_per_token)
+        margins_XlM = self.margins_seen()
+        bias_X = self.bias(training_X, margins_XlM)
+        bias_X2 = torch.stack((bias_X, self.bias(evaluation_X, margins_XlM)), dim=1)
+        bias_L2 = bias_X2.repeat_interleave(margins_XlM.shape[1], dim=0)
+        ffn_L = self.ffn_by_layer(training_X, bias_X, margins_XlM)
+        for router, bias_2, ffn in zip(self.routers, bias_L2, ffn_L, strict=True):
             assert router.choice_bias is not None
             router.choice_bias.copy_(bias_2)
             router.ffn_offset.copy_(ffn - self.moe.expected_ffn_per_token)
+
+    def margins_seen(self) -> Tensor:
+        """(X, l, M): as many of each of the l layers that share a bias, from between the quantiles."""
+        return middles(self.quantiles_LQ.float()).unflatten(0, (len(self.debt_X), -1))
+
+    def bias(self, ffn_X: Tensor, margins_XlM: Tensor) -> Tensor:
+        """(X,): what leaves so many FFN experts' margins above it, the quantile of all that share it."""
+        levels_X = level_of(ffn_X, self.moe)
+        rows = zip(margins_XlM.flatten(1), levels_X, strict=True)
+        return torch.stack([torch.quantile(margins_A, level) for margins_A, level in rows])
+
+    def ffn_by_layer(self, ffn_X: Tensor, bias_X: Tensor, margins_XlM: Tensor) -> Tensor:
+        """(L,): how many FFN experts each layer takes at a bias: the fewest there can be, and more by the share of
+        its margins above the bias. Their mean is made `ffn_X` (before the first step all margins are 0)."""
+        fewest, most = self.moe.ffn_range
+        above_Xl = (margins_XlM > bias_X[:, None, None]).float().mean(2)
+        return (ffn_X[:, None] + (most - fewest) * (above_Xl - above_Xl.mean(1, keepdim=True))).flatten()
 
 
 def quantiles_of(values_LA: Tensor) -> Tensor:
@@ -126,8 +135,3 @@ def quantiles_of(values_LA: Tensor) -> Tensor:
 def middles(quantiles: Tensor) -> Tensor:
     """(..., Q) → (..., M). Between any two quantiles lie as many margins."""
     return (quantiles[..., 1:] + quantiles[..., :-1]) / 2
-
-
-def quantile_by_row(rows_XA: Tensor, level_X: Tensor) -> Tensor:
-    """(X,), each row's at its own level."""
-    return torch.stack([torch.quantile(row_A, level) for row_A, level in zip(rows_XA, level_X, strict=True)])

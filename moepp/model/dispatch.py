@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .config import MoEConfig
-from .grouped import Combine, Dispatch
+from .permute import Combine, Dispatch
 from .plan import Plan
 from .router import Routing
 

@@ -74,10 +74,10 @@ class LoopedExperts(torch.autograd.Function):
         H = w_down_FDH.shape[2]
         x_RD = x_TD.index_select(0, plan.token_R)
         gate_RH, up_RH = products(plan, x_RD, w_gate_up_FGD.mT).split(H, dim=1)
-        # up · silu'(gate): kept, like silu(gate) and the hidden rows, it leaves two products to the backward pass
+        # d hidden / d gate = up · silu'(gate). Kept, like silu(gate), it leaves backward two elementwise products
         slope_RH = torch.ops.aten.silu_backward(up_RH, gate_RH) if with_backward else None
-        silu_RH = F.silu(gate_RH, inplace=True)
-        hidden_RH = up_RH.mul_(silu_RH)
+        silu_RH = F.silu(gate_RH, inplace=True)  # in the place of gate
+        hidden_RH = up_RH.mul_(silu_RH)  # in the place of up
         out_RD = products(plan, hidden_RH, w_down_FDH.mT)
         y_TD = sum_by_token(plan, out_RD, gates_TK)
         if terms:
@@ -103,12 +103,12 @@ class LoopedExperts(torch.autograd.Function):
         row_R, _ = plan.by_token
         gate_R[row_R] = gates_TK[plan.computed_TK]
         grad_gates_TK[plan.computed_TK] = grad_gate_R[row_R].to(gates_TK.dtype)
-        grad_out_RD.mul_(gate_R[:, None])
+        grad_out_RD.mul_(gate_R[:, None])  # from here on of the expert's output, before its gate
         grad_hidden_RH = products(plan, grad_out_RD, w_down_FDH)
         H = w_down_FDH.shape[2]
         grad_gate_up_RG, grad_x_RD = x_RD.new_empty(len(x_RD), 2 * H), torch.empty_like(x_RD)
-        torch.mul(grad_hidden_RH, slope_RH, out=grad_gate_up_RG[:, :H])
-        torch.mul(grad_hidden_RH, silu_RH, out=grad_gate_up_RG[:, H:])
+        torch.mul(grad_hidden_RH, slope_RH, out=grad_gate_up_RG[:, :H])  # of gate
+        torch.mul(grad_hidden_RH, silu_RH, out=grad_gate_up_RG[:, H:])  # of up
         grad_w_gate_up_FGD, grad_w_down_FDH = torch.empty_like(w_gate_up_FGD), torch.empty_like(w_down_FDH)
         rows = by_expert(plan, x_RD, hidden_RH, grad_out_RD, grad_gate_up_RG, grad_x_RD)
         for e, (x_ND, hidden_NH, grad_out_ND, grad_gate_up_NG, grad_x_ND) in enumerate(rows):

@@ -1,7 +1,7 @@
 """The plan of the FFN experts' work: which assignments they compute, and in which row of whose product.
 
 T tokens, K choices a token, A = T·K assignments, F = n_ffn, R rows: those of the first expert, of the second, ….
-Made once for a layer's tokens; looped.py and grouped.py carry it out.
+Made once for a layer's tokens; looped.py, or permute.py and grouped.py, carry it out.
 """
 
 from dataclasses import dataclass, replace
@@ -15,7 +15,11 @@ from .balance import count_assignments
 
 @dataclass
 class Plan:
-    """Rows sorted by expert, those of one expert by token.
+    """Rows sorted by expert, those of one expert by token: a permutation of the assignments that are computed, and
+    its inverse.
+
+    Two tokens that chose experts (1, 0) and (0, 2), of which 2 is no FFN expert, have assignments 0 to 3:
+    `assignment_R` is (1, 2, 0), the rows of expert 0 and then of 1, and `row_TK` ((2, 0), (1, –)).
 
     Attributes:
         count_F: (F,) int64, rows of each expert.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import balance
 from .config import MoEConfig
-from .margins import bias_by_the_others
+from .margins import leave_one_out_bias
 
 
 @dataclass
@@ -56,7 +56,8 @@ class Routing:
             return self.experts.numel()
         capacity, _ = balance.whole_capacities(self.moe, len(self.experts))
         rows = min(self.experts.numel(), self.moe.n_ffn * capacity)
-        # to a compiler a number, where floats of another model's config would make it a symbol
+        # the same number, but to torch.compile a constant. Made of floats, it would become a symbol once another
+        # model's config comes by, and the graph would be compiled anew for it
         return len(range(rows))
 
     def tokens_per_expert(self) -> Tensor:
@@ -114,17 +115,9 @@ class Router(nn.Module):
         moe = self.moe
         dtype = torch.promote_types(x_BSD.dtype, torch.float32)
         with torch.autocast(x_BSD.device.type, enabled=False):
-            first, *more = self.matrices()
-            logits_TE = F.linear(x_BSD.flatten(0, 1).to(dtype), first.to(dtype))
-            for weight in more:
-                logits_TE = F.linear(logits_TE.tanh(), weight.to(dtype))
-            if self.residual is not None and previous_logits_TE is not None:
-                logits_TE = logits_TE + F.linear(previous_logits_TE, self.residual.to(dtype))
-            scores_TE = logits_TE
-            if moe.logits_norm_std is not None:
-                std_T1 = logits_TE.std(-1, keepdim=True).clamp(min=1e-12)  # 0 where all logits are equal
-                scores_TE = logits_TE * (moe.logits_norm_std / std_T1)
-            scores_TE = self.biased(scores_TE, self.bias)
+            logits_TE = self.logits(x_BSD.flatten(0, 1).to(dtype), previous_logits_TE)
+            scores_TE = self.scores(logits_TE)
+            # a budget's bias is on who is chosen alone: gates and balance loss go by the scores without it
             experts_TK = self.choose(self.biased(scores_TE, self.budget_bias(scores_TE, len(x_BSD))))
             gates_TK = self.gates(scores_TE, experts_TK)
             kept_TK = None
@@ -132,6 +125,23 @@ class Router(nn.Module):
                 kept_TK = balance.within_capacity(experts_TK.view(*x_BSD.shape[:2], -1), moe).flatten(0, 1)
                 gates_TK = gates_TK * kept_TK
         return Routing(logits_TE, experts_TK, gates_TK, scores_TE, kept_TK, moe)
+
+    def logits(self, x_TD: Tensor, previous_logits_TE: Tensor | None) -> Tensor:
+        """(T, E): G_j (equation 6). With two layers there is a tanh in between."""
+        first, *more = self.matrices()
+        logits_TE = F.linear(x_TD, first.to(x_TD.dtype))
+        for weight in more:
+            logits_TE = F.linear(logits_TE.tanh(), weight.to(x_TD.dtype))
+        if self.residual is not None and previous_logits_TE is not None:
+            logits_TE = logits_TE + F.linear(previous_logits_TE, self.residual.to(x_TD.dtype))
+        return logits_TE
+
+    def scores(self, logits_TE: Tensor) -> Tensor:
+        """(T, E): what goes into softmax and top-k: the logits, with what a released or a converted model has."""
+        if self.moe.logits_norm_std is not None:
+            std_T1 = logits_TE.std(-1, keepdim=True).clamp(min=1e-12)  # 0 where all logits are equal
+            logits_TE = logits_TE * (self.moe.logits_norm_std / std_T1)
+        return self.biased(logits_TE, self.bias)
 
     def biased(self, scores_TE: Tensor, bias: Tensor | None) -> Tensor:
         """With a bias on the zero-computation experts'."""
@@ -146,7 +156,7 @@ class Router(nn.Module):
             return None
         if self.training and n_sequences > 1:
             ffn_per_token = self.moe.expected_ffn_per_token + self.ffn_offset.float()
-            return bias_by_the_others(scores_TE, n_sequences, ffn_per_token, self.moe)
+            return leave_one_out_bias(scores_TE, n_sequences, ffn_per_token, self.moe)
         return self.choice_bias[0 if self.training else 1]
 
     def matrices(self) -> list[Tensor]:

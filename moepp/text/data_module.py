@@ -67,7 +67,7 @@ class TokenDataModule(L.LightningDataModule):
         self.tokenizer = tokenizer
         self.allow_other_text = allow_other_text
         self.val_part: Part = val_part
-        self.computed_order = True  # False in a run of before, once its checkpoint is restored
+        self.computed_order = True  # False in an older run, once its checkpoint is restored
         self.renumbered = 0  # batch n of the order is the trainer's batch n - this
         self.files: TokenFiles  # from setup() on
 

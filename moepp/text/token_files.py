@@ -1,7 +1,7 @@
 """Token files: a tokenizer and the tokens of a text, in a folder.
 
 train-00000.bin …    token ids, uint16 or uint32: an end of text, then each document followed by one. In files of
-                     equal size, read as one (moepp.text.shards); a folder of before has one, train.bin
+                     equal size, read as one (moepp.text.shards); an older folder has one, train.bin
 val.bin              the same of the text that is held out
 tokenizer.json       as Hugging Face's tokenizers reads it
 meta.json            counts, hashes, and where each domain lies in val.bin; in place of train-00000.bin the address

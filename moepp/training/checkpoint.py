@@ -173,7 +173,7 @@ def described(
 
 
 def configs_in(meta: dict[str, Any]) -> Configs:
-    """What `described` was given. Of a field that came later, a checkpoint of before has the default."""
+    """What `described` was given. An older checkpoint has the default of a field that came later."""
     return TransformerConfig(**meta["transformer"]), MoEConfig(**meta["moe"])
 
 
@@ -236,12 +236,12 @@ def load(path: str | Path) -> Loaded:
         model = Transformer(*configs_in(meta))
         state = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
         own = model.state_dict()
-        # a checkpoint of before may not have these; routers have the biases that came of them
+        # an older checkpoint may not have these; routers have the biases that came of them
         budget = {name: value for name, value in own.items() if name.startswith("budget.")}
         model.load_state_dict({name: (budget | state)[name] for name in own})
         tokenizer = load_tokenizer(meta["tokenizer"], f"{path}: its tokenizer") if meta["tokenizer"] else None
         for key, kind in {"data": str, "data_hash": str, "config": str, "end_of_text": int}.items():
-            # a checkpoint of before may not have one
+            # an older checkpoint may not have one
             require(
                 isinstance(meta.get(key), kind | None), f"{path}: {key}", meta.get(key), f"must be {kind.__name__}"
             )

@@ -115,7 +115,7 @@ def model_card(name: str, loaded: Loaded, parameters: ParameterCount, result: di
 
 
 def measured(result: dict[str, Any], moe: MoEConfig) -> dict[str, str]:
-    """The rows of the table that result.json has something for; a run of before may say less."""
+    """The rows of the table that result.json has something for; an older run may say less."""
     ffn = result[FINAL + FFN]
     domains = {name.split("/", 2)[2]: bits for name, bits in result.items() if name.startswith(f"{FINAL}{BITS}/")}
     rows = {"training tokens": f"{result['tokens']:,}"} if "tokens" in result else {}

@@ -20,18 +20,12 @@ from moepp.model import (
 )
 from moepp.model.conversion import bias_at, set_bias
 from moepp.model.sharding import ParallelConfig, shard
+from moepp.training.budget import BudgetConfig, calibration_tokens
 from moepp.training.checkpoint import configs_in, described, differing
 from moepp.training.metrics import FINAL, VAL, Validation
 from moepp.training.optimizer import AdamW, OptimConfig, by_mesh, total_norm
 from moepp.training.run_folder import say
-from moepp.training.start import (
-    BudgetConfig,
-    ConvertConfig,
-    DistillConfig,
-    Teacher,
-    calibration_tokens,
-    start_from,
-)
+from moepp.training.start import ConvertConfig, DistillConfig, Teacher, start_from
 
 
 class LitMoE(L.LightningModule):
@@ -84,7 +78,7 @@ class LitMoE(L.LightningModule):
                 block.compile()
         self.gradient_norm = torch.tensor(float("nan"))
         self.config_text = ""  # every option of the run, for its checkpoints
-        # a first step, a first batch has come through with what a checkpoint held
+        # a step, a batch of validation has come through: what fails later is not the checkpoint's fault
         self.training_begun = self.evaluation_begun = False
         self.calibrated_at: int | None = None  # the optimizer step after which evaluation's budget was set
         self.bad_step = torch.zeros(())  # 1: the last optimizer step was skipped
@@ -117,7 +111,7 @@ class LitMoE(L.LightningModule):
         self.load_teacher(tokenizer)
 
     def load_teacher(self, tokenizer_json: str) -> None:
-        """The one of `distill`, if any, which has to have this tokenizer."""
+        """Of `distill`, if any. Its tokenizer has to be this."""
         if self.distill.teacher is not None:
             self.teacher = Teacher(self.distill.teacher, self.transformer, tokenizer_json)
             self.teacher.model.to(self.model.head.weight)
@@ -166,7 +160,7 @@ class LitMoE(L.LightningModule):
         }
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Steer the share of FFN experts by what the step's tokens took."""
+        """Steer the share of FFN experts by what the tokens of this step, `global_step`, took."""
         if (budget := self.model.budget) is not None:
             step, steps = self.trainer.global_step, int(self.trainer.estimated_stepping_batches)
             now, following = (self.budget.at(i, steps, budget.aim) for i in (step, step + 1))
@@ -309,7 +303,7 @@ class LitMoE(L.LightningModule):
                 f"data.path: {data.files.label} is not what the checkpoint was trained on, {saved['data']}; "
                 "start a new run, or say --data.allow_other_text=true to go on with it"
             )
-        data.computed_order = bool(checkpoint.get("computed_order"))  # a run of before keeps its order
+        data.computed_order = bool(checkpoint.get("computed_order"))  # an older run keeps its order
         self.calibrated_at = checkpoint.get("calibrated_at")
         for state in checkpoint.get("optimizer_states", ()):
             for group in state["param_groups"]:

@@ -29,7 +29,7 @@ class Monitor(L.Callback):
         self.bad_steps = bad_steps
         self.sums: dict[str, Tensor] = {}
         self.logged_step = self.tokens = 0
-        self.clock = 0.0  # since when, but for validations, the tokens at hand were trained on
+        self.clock = 0.0  # when the tokens at hand began to be trained on, later by the time of validations since
         self.validating_since: float | None = None
         self.watch: dict[str, int] = {}  # signs of a collapse, and how long they have been there
 

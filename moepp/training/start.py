@@ -1,5 +1,5 @@
 """What a run starts from, where its weights are not drawn: a checkpoint's weights, experts that were added to
-these (model/conversion.py) and are let in step by step, and a teacher to stay close to; and the budget's way."""
+these (model/conversion.py) and are let in step by step, and a teacher to stay close to."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +11,6 @@ from moepp.model import InputError, Transformer, TransformerConfig
 from moepp.model.config import require
 from moepp.model.sharding import as_shards
 from moepp.training.checkpoint import differing, load, read_rest
-
-CALIBRATION_TOKENS = 1 << 19  # at most: beyond, a budget of 0.2 is met no better (results/LOG.md)
 
 
 @dataclass(frozen=True)
@@ -49,32 +47,6 @@ class DistillConfig:
     def __post_init__(self) -> None:
         require(0 <= self.weight <= 1, "distill.weight", self.weight, "must be between 0 and 1")
         require(self.temperature > 0, "distill.temperature", self.temperature, "must be positive")
-
-
-@dataclass(frozen=True)
-class BudgetConfig:
-    """How `moe.ffn_budget` is reached.
-
-    Args:
-        start: FFN experts per token of the first step, from there in equal parts; null: `moe.ffn_budget` at once.
-        steps: optimizer steps that this takes; null: half of the run's.
-    """
-
-    start: float | None = None
-    steps: int | None = None
-
-    def __post_init__(self) -> None:
-        require(self.steps is None or self.steps > 0, "budget.steps", self.steps, "must be positive")
-
-    def at(self, step: int, total_steps: int, end: float) -> float:
-        """The budget of optimizer step `step` (from 0) of `total_steps`."""
-        steps = self.steps or max(1, total_steps // 2)
-        return end if self.start is None or step >= steps else self.start + (end - self.start) * step / steps
-
-
-def calibration_tokens(training_tokens: int) -> int:
-    """Of the end of the training, read again to set a budget by: a quarter costs a twentieth of training."""
-    return min(training_tokens // 4, CALIBRATION_TOKENS)
 
 
 def described_in(path: str) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,7 @@ import torch
 
 from moepp.model import InputError, MoEConfig, Transformer, TransformerConfig
 from moepp.model.budget import QUANTILES, Budget
-from moepp.model.margins import bias_by_the_others, margins
+from moepp.model.margins import leave_one_out_bias, margins
 from moepp.model.router import Router, Routing
 
 SIZES = TransformerConfig(50, 2, 32, 48, 2, context_length=32)
@@ -101,7 +101,7 @@ def test_the_bias_is_the_nth_of_the_others_margins_with_ties_or_without(B: int, 
         margins_BA = margins(scores_TE, moe).view(B, -1)
         for share in (0.0, 0.13, 0.47, 0.91, 1.0):
             ffn = torch.tensor(fewest + share * (most - fewest))
-            bias_BS = bias_by_the_others(scores_TE, B, ffn, moe).view(B, S)
+            bias_BS = leave_one_out_bias(scores_TE, B, ffn, moe).view(B, S)
             for i in range(B):
                 others = sorted(margins_BA[torch.arange(B) != i].flatten().tolist())
                 n = min(max(round((1 - share) * (len(others) + 1)), 1), len(others))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from moepp.model.grouped import gather_sum
 from moepp.model.looped import sum_by_token
+from moepp.model.permute import gather_sum
 from moepp.model.plan import Plan
 
 

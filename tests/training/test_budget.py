@@ -15,8 +15,8 @@ from moepp.system.machine import default_precision, product_dtype
 from moepp.text.batches import Batch, TrainBatches, TrainOrder
 from moepp.text.data_module import TokenDataModule
 from moepp.text.token_files import TokenFiles
+from moepp.training.budget import CALIBRATION_TOKENS, BudgetConfig, calibration_tokens
 from moepp.training.checkpoint import load, read_checkpoint
-from moepp.training.start import CALIBRATION_TOKENS, BudgetConfig, calibration_tokens
 from tests.conftest import read_csv, refused, small_text, tiny
 
 CKPT = "--ckpt=run/checkpoints/step-00000120.ckpt"

@@ -15,8 +15,9 @@ import yaml
 from moepp.model import InputError, MoEConfig, TransformerConfig, hidden_flops_per_token, training_flops_per_token
 from moepp.system.files import read_yaml
 from moepp.training import lightning_cli
+from moepp.training.budget import BudgetConfig, calibration_tokens
 from moepp.training.checkpoint import configs_in, step_path
-from moepp.training.start import BudgetConfig, calibration_tokens, described_in
+from moepp.training.start import described_in
 
 PLOTS = ("curves", "tau", "constants", "compute", "frontier")
 # of the values of a matrix, and of its `quick` and `tune`, which take the place of the matrix's own

@@ -18,8 +18,8 @@ from moepp.study.compare.results import PAIRED, REFERENCE, Results, read_results
 from moepp.study.compare.runs import by_commit
 from moepp.study.compare.tune import Search, matters
 from moepp.study.style import STYLE, save
+from moepp.training.budget import CALIBRATION_TOKENS
 from moepp.training.metrics import BITS, FINAL
-from moepp.training.start import CALIBRATION_TOKENS
 
 PLOTS = (plots.differences, plots.curves, plots.constants, plots.tau, plots.compute, plots.frontier, plots.tune)
 Row = dict[str, Any]  # of `Results.variants`
