@@ -103,10 +103,12 @@ def shard(
                 ffn.register_parameter(name, nn.Parameter(part))
             fully_shard(ffn, mesh=experts, mp_policy=of_matrices, shard_placement_fn=by_row)
         fully_shard(matrices, mesh=dense, mp_policy=of_matrices, shard_placement_fn=by_row)
+        # norms and routers, in float32. Left to the root they would save a gather a block, and the head's gradient,
+        # which is in the same group then, would stay whole until the first block has its own
+        fully_shard(block, mesh=dense, mp_policy=of_others, ignored_params=empty)
     if not model.config.tie_embeddings:  # whole for its forward pass alone: nothing needs it in backward
         fully_shard(model.embedding, mesh=dense, mp_policy=of_others)
         model.embedding.set_unshard_in_backward(False)
-    # the rest, norms and routers among it, is small: gathered once, for all blocks
     fully_shard(model, mesh=dense, mp_policy=of_others, ignored_params=empty)
     register_fsdp_forward_method(model, "hidden")
 
