@@ -36,27 +36,35 @@ def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
 
 
 def linear_distillation(
-    hidden_ND: Tensor, weight_VD: Tensor, teacher_ND: Tensor, teacher_VD: Tensor, temperature: float = 1.0
-) -> Tensor:
-    """Mean of T² · KL(teacher ‖ student) of both sides' softmax(logits / T), T the temperature (arXiv 1503.02531).
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    teacher_ND: Tensor,
+    teacher_VD: Tensor,
+    share: float,
+    temperature: float = 1.0,
+    compile: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(1 - share) · cross-entropy + share · T² · KL(teacher ‖ student) of both sides' softmax(logits / T), T the
+    temperature (arXiv 1503.02531), means over the tokens. The student's logits are made once for both.
 
     T² keeps the gradient's size whatever T is. The widths of the two need not be equal; gradients reach the
-    student alone. Returns a scalar.
+    student alone. Returns three scalars: the loss, and without gradient its cross-entropy and its T² · KL.
     """
     hidden_ND, weight_VD = to_autocast(hidden_ND), to_autocast(weight_VD)
     teacher_ND, teacher_VD = to_autocast(teacher_ND), to_autocast(teacher_VD)
+    softmax = compiled() if compile else nll_and_gradient
+    parts_2 = hidden_ND.new_zeros(2, dtype=torch.promote_types(hidden_ND.dtype, torch.float32))
 
-    def kl_and_gradient(logits_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        dtype = torch.promote_types(logits_CV.dtype, torch.float32)
-        teacher_CV, n = teacher_ND[rows] @ teacher_VD.T, block_of(logits_CV)
-        kl = logits_CV.new_zeros((), dtype=dtype)
-        for logits, theirs in zip(logits_CV.split(n), teacher_CV.split(n), strict=True):
-            student, teacher = ((one.to(dtype) / temperature).log_softmax(-1) for one in (logits, theirs))
-            kl += F.kl_div(student, teacher, reduction="sum", log_target=True)
-            logits.copy_(student.exp_().sub_(teacher.exp_()).mul_(temperature))
-        return temperature**2 * kl, logits_CV
+    def loss_and_gradient(logits_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        nll, grad_of_nll_CV = softmax(logits_CV.clone(), targets_N[rows, None])
+        kl, grad_CV = kl_and_gradient(logits_CV, teacher_ND[rows] @ teacher_VD.T, temperature)
+        parts_2.add_(torch.stack((nll, kl)))
+        return (1 - share) * nll + share * kl, grad_CV.mul_(share).add_(grad_of_nll_CV, alpha=1 - share)
 
-    return LinearLoss.apply(hidden_ND, weight_VD, kl_and_gradient)
+    loss = LinearLoss.apply(hidden_ND, weight_VD, loss_and_gradient)
+    cross_entropy, kl = parts_2 / len(hidden_ND)
+    return loss, cross_entropy, kl
 
 
 @torch.no_grad()
@@ -128,6 +136,19 @@ def nll_and_gradient(logits_NV: Tensor, targets_N1: Tensor) -> tuple[Tensor, Ten
         logits.copy_(probs.scatter_(1, targets, torch.expm1(-nll_of_row)))
         nll += nll_of_row.sum()
     return nll, logits_NV
+
+
+def kl_and_gradient(logits_NV: Tensor, teacher_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The sum of T² · KL(teacher ‖ student), and its gradient T · (student - teacher), which takes the place of
+    the student's logits. Softmax is in float32 at least.
+    """
+    dtype, n = torch.promote_types(logits_NV.dtype, torch.float32), block_of(logits_NV)
+    kl = logits_NV.new_zeros((), dtype=dtype)
+    for logits, theirs in zip(logits_NV.split(n), teacher_NV.split(n), strict=True):
+        student, teacher = ((one.to(dtype) / temperature).log_softmax(-1) for one in (logits, theirs))
+        kl += F.kl_div(student, teacher, reduction="sum", log_target=True)
+        logits.copy_(student.exp_().sub_(teacher.exp_()).mul_(temperature))
+    return temperature**2 * kl, logits_NV
 
 
 def fusible_nll_and_gradient(logits_NV: Tensor, targets_N1: Tensor) -> tuple[Tensor, Tensor]:

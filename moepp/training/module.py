@@ -127,26 +127,22 @@ class LitMoE(L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Total loss = cross-entropy + β · mean of L_b over the layers. All but `loss` is for the monitor.
 
-        With a teacher, its part takes the place of `distill.weight` of the cross-entropy.
+        With a teacher, distillation takes the place of `distill.weight` of the cross-entropy.
         """
         hidden_BSD, routings = self.model.hidden(batch["inputs"])
-        cross_entropy = linear_cross_entropy(
-            hidden_BSD.flatten(0, 1), self.model.head.weight, batch["targets"].flatten(), self.compile_loss
-        )
+        head = hidden_BSD.flatten(0, 1), self.model.head.weight, batch["targets"].flatten()
+        figures = {}
+        if self.teacher is None:
+            loss = cross_entropy = linear_cross_entropy(*head, compile=self.compile_loss)
+        else:
+            teacher, distill = self.teacher.hidden(batch["inputs"]), self.distill
+            loss, cross_entropy, figures["distillation"] = linear_distillation(
+                *head, *teacher, distill.weight, distill.temperature, self.compile_loss
+            )
         if self.model.budget is not None:
             self.model.budget.observe(routings)
         balance = mean_load_balance_loss(routings)
-        loss = cross_entropy + self.moe.balance_weight * balance
-        figures = {}
-        if self.teacher is not None:
-            distillation = linear_distillation(
-                hidden_BSD.flatten(0, 1),
-                self.model.head.weight,
-                *self.teacher.hidden(batch["inputs"]),
-                self.distill.temperature,
-            )
-            loss = loss + self.distill.weight * (distillation - cross_entropy)
-            figures["distillation"] = distillation.detach()
+        loss = loss + self.moe.balance_weight * balance
         kept = [routing.kept.float().mean() for routing in routings if routing.kept is not None]
         return {
             # a loss that is not finite makes every gradient NaN, on every device: the step will be skipped

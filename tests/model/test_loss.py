@@ -33,22 +33,26 @@ def test_equals_cross_entropy_of_the_logits(n_tokens: int, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_distillation_equals_the_divergence_of_the_logits(
-    temperature: float, monkeypatch: pytest.MonkeyPatch
+    temperature: float, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss, "chunk_of", lambda _: 7)
-    torch.manual_seed(0)
+    monkeypatch.setattr(loss, "BLOCK", 22)
     hidden = torch.randn(20, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(11, (20,))
     teacher, head = torch.randn(20, 3, dtype=torch.float64), torch.randn(11, 3, dtype=torch.float64)
-    expected = temperature**2 * F.kl_div(
-        (hidden @ weight.T / temperature).log_softmax(-1),
-        (teacher @ head.T / temperature).softmax(-1),
-        reduction="batchmean",
+    logits = hidden @ weight.T
+    divergence = temperature**2 * F.kl_div(
+        (logits / temperature).log_softmax(-1), (teacher @ head.T / temperature).softmax(-1), reduction="batchmean"
     )
-    actual = loss.linear_distillation(hidden, weight, teacher, head, temperature)
-    agree(actual, expected, hidden, weight)
-    same = loss.linear_distillation(hidden, weight, hidden.detach(), weight.detach(), temperature)
+    cross_entropy = F.cross_entropy(logits, targets)
+    actual, *parts = loss.linear_distillation(hidden, weight, targets, teacher, head, share, temperature)
+    agree(actual, (1 - share) * cross_entropy + share * divergence, hidden, weight)
+    torch.testing.assert_close(torch.stack(parts), torch.stack([cross_entropy, divergence]).detach())
+    itself = hidden.detach(), weight.detach()
+    _, _, same = loss.linear_distillation(hidden, weight, targets, *itself, share, temperature)
     assert same.item() == pytest.approx(0, abs=1e-12)
 
 
