@@ -19,6 +19,10 @@ from moepp.training.checkpoint import newest_checkpoint
 from moepp.training.option_names import SECTIONS, did_you_mean
 from moepp.training.run_folder import newest_config
 
+# jsonargparse's, of an option that may be of several types: all of them, and what each says to the value
+NONE_FITS = re.compile(
+    r"(?:- )?Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: (.*)"
+)
 NO_OPTIONS = "holds no options but {}: leave it out, or say what in it is to change"
 
 
@@ -158,6 +162,10 @@ class OneLineParser(LightningArgumentParser):
             r"config: \1 (recipes/ has those that come)",
             line,
         )
+        line = NONE_FITS.sub(r"must be one of \1; got \2", line)
+        line = re.sub(r"Expected a (.*)\. Got value: (.*)", r"must be \1; got \2", line)
+        line = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", line)
+        line = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", line).replace("NoneType", "null")
         line = re.sub(r"Group ['\"]([\w.]+)['\"] does not accept option ['\"]", r"no option '\1.", line)
         if unknown := re.search(r"(?:unrecognized arguments: --|no option ')([\w.]+)", line, re.I):
             line += did_you_mean(unknown[1], [action.dest for action in self._actions])

@@ -17,8 +17,13 @@ from tests.conftest import refused, tiny
     ("option", "message"),
     [
         ("--model.moe.n_zeros=1", "--model.moe.n_zeros=1 (did you mean model.moe.n_zero?)"),
-        ("--model.moe.n_ffn=many", 'Parser key "model.moe.n_ffn"'),
-        ("--model.moe.gating_residual=perhaps", 'Parser key "model.moe.gating_residual"'),
+        ("--model.moe.n_ffn=many", 'Parser key "model.moe.n_ffn": must be int; got many'),
+        (
+            "--model.moe.gating_residual=perhaps",
+            'Parser key "model.moe.gating_residual": must be bool; got perhaps',
+        ),
+        ("--model.moe.ffn_budget=x", 'Parser key "model.moe.ffn_budget": must be one of float, null; got x'),
+        ("--data.val_part=half", "Parser key \"data.val_part\": must be 'all', 'tune', 'report'; got half"),
         ("--model.moe.n_ffn=0", "moe.n_ffn: must be at least 1, got 0"),
         ("--model.moe.top_k=13", "moe.top_k: must not exceed the 12 experts, got 13"),
         ("--model.moe.tau=0", "moe.tau: must be positive, got 0.0"),
