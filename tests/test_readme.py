@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import moepp
+from moepp.cli import VERBS
 from moepp.training.lightning_cli import resolve
 from tests.conftest import RECIPES
 
@@ -57,7 +58,8 @@ def test_what_make_starts(make: str, arguments: str) -> None:
 @pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith("make bench")])
 def test_a_command_of_the_readme_is_one(command: str) -> None:
     """`make bench` starts make anew, which `-n` does not keep from running. Options of training are real ones."""
-    verb, *options = moepp_arguments(command) or [""]
+    verb, *options = moepp_arguments(command) or ["help"]
+    assert verb in {"help", *VERBS}
     if verb == "fit" and "--ckpt_path" not in options:
         path = options.index("--config") + 1
         resolve([*options[:path], str(ROOT / options[path]), *options[path + 1 :]])

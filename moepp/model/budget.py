@@ -109,11 +109,11 @@ class Budget(nn.Module):
             router.ffn_offset.copy_(ffn - self.moe.expected_ffn_per_token)
 
     def margins_seen(self) -> Tensor:
-        """(X, l, M): as many of each of the l layers that share a bias, from between the quantiles."""
+        """(X, l, M): of each of the l layers that share a bias M margins, one between any two quantiles."""
         return middles(self.quantiles_LQ.float()).unflatten(0, (len(self.debt_X), -1))
 
     def bias(self, ffn_X: Tensor, margins_XlM: Tensor) -> Tensor:
-        """(X,): what leaves so many FFN experts' margins above it, the quantile of all that share it."""
+        """(X,): under which tokens take `ffn_X` FFN experts: a quantile of all margins that share it."""
         levels_X = level_of(ffn_X, self.moe)
         rows = zip(margins_XlM.flatten(1), levels_X, strict=True)
         return torch.stack([torch.quantile(margins_A, level) for margins_A, level in rows])

@@ -42,7 +42,8 @@ class Routing:
         return self.scores.softmax(-1)
 
     def load_balance_loss(self) -> Tensor:
-        """L_b of this layer (equation 7), a scalar with a gradient; all devices have to ask for it."""
+        """L_b of this layer (equation 7), a scalar with a gradient. In `balance_over: batch` it is a collective: all
+        devices have to ask for it."""
         return mean_load_balance_loss([self])
 
     def computed(self) -> Tensor:
@@ -137,7 +138,8 @@ class Router(nn.Module):
         return logits_TE
 
     def scores(self, logits_TE: Tensor) -> Tensor:
-        """(T, E): what goes into softmax and top-k: the logits, with what a released or a converted model has."""
+        """(T, E): what goes into softmax and top-k: the logits, in the authors' released models divided by their
+        spread, in converted ones with a bias."""
         if self.moe.logits_norm_std is not None:
             std_T1 = logits_TE.std(-1, keepdim=True).clamp(min=1e-12)  # 0 where all logits are equal
             logits_TE = logits_TE * (self.moe.logits_norm_std / std_T1)

@@ -104,7 +104,7 @@ def shard(
             fully_shard(ffn, mesh=experts, mp_policy=of_matrices, shard_placement_fn=by_row)
         fully_shard(matrices, mesh=dense, mp_policy=of_matrices, shard_placement_fn=by_row)
         # norms and routers, in float32. In the root's group they would save a gather a block, but the head's
-        # gradient, which is in it, would stay whole until the first block has its own
+        # gradient, which is in it, would stay whole until the first block's are there
         fully_shard(block, mesh=dense, mp_policy=of_others, ignored_params=empty)
     if not model.config.tie_embeddings:  # whole for its forward pass alone: nothing needs it in backward
         fully_shard(model.embedding, mesh=dense, mp_policy=of_others)

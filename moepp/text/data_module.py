@@ -131,21 +131,26 @@ class TokenDataModule(L.LightningDataModule):
 
     def batches_seen(self) -> int:
         """Of the order, in all epochs."""
+        return self.batches_trained + self.renumbered
+
+    @property
+    def batches_trained(self) -> int:
+        """On, by the trainer's count."""
         if self.trainer is None:
             return 0
         # `processed` counts over all epochs, is restored before loaders are asked for, and does not count a batch
         # that was interrupted. Lightning's epochs play no part in the order.
         total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
-        return total.processed + self.renumbered
+        return total.processed
 
     def state_dict(self) -> dict[str, int]:
         """How far the text has been read, for whoever goes on with batches of another size."""
         epoch, batch = divmod(self.batches_seen(), self.order().batches)
-        trained = self.batches_seen() - self.renumbered
-        return {"batches": trained, "epoch": epoch, "tokens_of_epoch": batch * self.batch_tokens}
+        return {"batches": self.batches_trained, "epoch": epoch, "tokens_of_epoch": batch * self.batch_tokens}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where the text has been read to. Nothing of an epoch is read twice, less than a batch left out."""
+        """Go on where the text has been read to: nothing of an epoch twice, and less than a batch is left out.
+        (Sequences of another length are cut and shuffled anew: of these as many tokens are left out.)"""
         in_epoch = self.order().batches
         batch = -(-state["tokens_of_epoch"] // self.batch_tokens)
         self.renumbered = state["epoch"] * in_epoch + min(batch, in_epoch) - state["batches"]

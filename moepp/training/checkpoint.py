@@ -41,8 +41,9 @@ def write_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
             torch.save(checkpoint, file)
         except RuntimeError as error:  # where the disk fills up, torch's zip writer stumbles over its own position
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-        if path.is_dir():  # of shards, which a file cannot replace
-            remove_checkpoint(path)
+        old = set_aside(path) if path.is_dir() else None  # of shards, which a file cannot replace
+    if old is not None:
+        remove_checkpoint(old)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -294,11 +295,21 @@ def remove_checkpoint(path: Path) -> None:
 
 def replace_checkpoint(path: Path, beside: Path) -> None:
     """Give `beside` the place of `path`, which there may be. Where one is a folder two renames do it."""
-    old = path.with_name(path.name + ".old.tmp")
-    if path.is_dir() or (path.exists() and beside.is_dir()):
-        path.rename(old)
-    beside.replace(path)
+    if not (path.is_dir() or beside.is_dir()):
+        beside.replace(path)
+        return
+    old = set_aside(path)
+    beside.rename(path)
     remove_checkpoint(old)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what is there, if anything. Returns its name until it is removed."""
+    old = path.with_name(path.name + ".old.tmp")
+    remove_checkpoint(old)  # a kill has left it
+    if path.exists():
+        path.rename(old)
+    return old
 
 
 def step_checkpoints(run_dir: Path) -> list[Path]:

@@ -111,7 +111,7 @@ class LitMoE(L.LightningModule):
         self.load_teacher(tokenizer)
 
     def load_teacher(self, tokenizer_json: str) -> None:
-        """Of `distill`, if any. Its tokenizer has to be this."""
+        """That of `distill`, if any, which must have this tokenizer."""
         if self.distill.teacher is not None:
             self.teacher = Teacher(self.distill.teacher, self.transformer, tokenizer_json)
             self.teacher.model.to(self.model.head.weight)

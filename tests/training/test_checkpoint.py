@@ -113,12 +113,33 @@ def test_the_new_one_is_in_place_before_the_old_one_is_removed(
     remove = files.remove_checkpoint
 
     def removing(path: Path) -> None:
-        assert (old / "part" if after == "folder" else old).read_text() == "a.ckpt.tmp"
+        if path.exists():
+            assert (old / "part" if after == "folder" else old).read_text() == "a.ckpt.tmp"
         remove(path)
 
     monkeypatch.setattr(files, "remove_checkpoint", removing)
     files.replace_checkpoint(old, new)
     assert (old / "part" if after == "folder" else old).read_text() == "a.ckpt.tmp"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def test_a_file_in_the_place_of_a_folder_is_whole_before_that_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a sharded run goes on with one device, and a kill has left what an earlier one set aside."""
+    path = tmp_path / "a.ckpt"
+    for folder in (path, tmp_path / "a.ckpt.old.tmp"):
+        folder.mkdir()
+        (folder / "part").write_text("old")
+    remove, removed = files.remove_checkpoint, []
+
+    def removing(old: Path) -> None:
+        removed.append(path.is_file() and bool(read_checkpoint(path)))
+        remove(old)
+
+    monkeypatch.setattr(files, "remove_checkpoint", removing)
+    write_checkpoint(path, CONTENT)
+    assert removed == [False, True]
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
 
 

@@ -171,12 +171,12 @@ def locked(out: Path) -> Iterator[IO[str]]:
 
 def dry_run(matrix: Matrix, tries: list[Run], runs: list[Run]) -> None:
     """Print every variant with its runs and what these would cost."""
-    runs, title = tries + runs, f"{len(tries + runs)} runs of {matrix.path}"
+    runs, heading = tries + runs, f"{len(tries + runs)} runs of {matrix.path}"
     if tries:
-        title += f", {len(tries)} of them tries of {tries[0].variant.steps:,} steps"
+        heading += f", {len(tries)} of them tries of {max(run.variant.steps for run in tries):,} steps at most"
     reference = matrix.reference
     per_flop = step_seconds(reference) * reference.steps / reference.training_flops()
-    table = Table("variant", title=title, box=SIMPLE)
+    table = Table("variant", title=heading, box=SIMPLE)
     for title in ("to run", "finished", "parameters", "active/token", "tokens", "FLOPs/run", "time/run"):
         table.add_column(title, justify="right", no_wrap=True)
     for variant in matrix.variants:

@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
@@ -291,12 +292,16 @@ def with_equal_flops(variants: dict[str, Variant]) -> dict[str, Variant]:
     found = {}
     for name, own in variants.items():
         if own.flops_of is not None:
-            for_steps = variants[own.flops_of].training_flops() - own.calibration_flops
-            steps = own.steps * (for_steps / own.step_flops())
-            steps = math.floor(steps + 1e-6)  # the same where it is computed again
+            target = variants[own.flops_of].training_flops() * (1 + 1e-9)  # sums may be rounded
+            most = math.ceil(own.steps * target / own.step_flops())
+            steps = bisect_right(range(1, most + 1), target, key=partial(flops_of_steps, own))
             own = own.with_options({"trainer.max_steps": max(1, steps)})
         found[name] = own
     return found
+
+
+def flops_of_steps(variant: Variant, steps: int) -> float:
+    return variant.with_options({"trainer.max_steps": steps}).training_flops()
 
 
 def fit_options(
