@@ -42,8 +42,8 @@ class Routing:
         return self.scores.softmax(-1)
 
     def load_balance_loss(self) -> Tensor:
-        """L_b of this layer (equation 7), a scalar with a gradient. In `balance_over: batch` it is a collective: all
-        devices have to ask for it."""
+        """L_b of this layer (equation 7), a scalar with a gradient. In `balance_over: batch` it is a collective,
+        for which all devices have to ask."""
         return mean_load_balance_loss([self])
 
     def computed(self) -> Tensor:
