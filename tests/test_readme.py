@@ -1,5 +1,6 @@
 """README's commands and code, and what the Makefile makes of its variables."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -27,7 +28,19 @@ COMMANDS = sorted(
 
 def moepp_arguments(make: str) -> list[str]:
     """Those of the `moepp` that `make …` would start; nothing of a target that starts something else."""
-    dry = subprocess.run([*shlex.split(make), "-n"], cwd=ROOT, capture_output=True, text=True, check=True)
+    outer = {
+        "MAKEFLAGS",
+        "MAKEOVERRIDES",
+        "MFLAGS",
+        "ARGS",
+        "CKPT",
+        "DATA",
+        "PROMPT",
+        "RECIPE",
+        "TASKS",
+    }  # make test's
+    env = {name: value for name, value in os.environ.items() if name not in outer}
+    dry = subprocess.run([*shlex.split(make), "-n"], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     starts = [line for line in dry.stdout.splitlines() if line.startswith(".venv/bin/moepp")]
     return shlex.split(starts[-1])[1:] if starts else []
 
