@@ -95,13 +95,16 @@ class Variant:
         return training_flops_per_token((self.transformer, self.moe), seq_len, ffn_per_token, configs)
 
     @property
-    def calibration_flops(self) -> float:
+    def calibration_flops_per_token(self) -> float:
         """Of reading training text again at the end, to set the budget by it (LitMoE.on_train_end)."""
         if self.moe.ffn_budget is None:
             return 0.0
         seq_len = self.options["data"]["seq_len"]
-        forward = hidden_flops_per_token(self.transformer, self.moe, seq_len, self.moe.ffn_budget)
-        return calibration_tokens(self.tokens) * forward
+        return hidden_flops_per_token(self.transformer, self.moe, seq_len, self.moe.ffn_budget)
+
+    @property
+    def calibration_flops(self) -> float:
+        return calibration_tokens(self.tokens) * self.calibration_flops_per_token
 
     def step_flops(self) -> float:
         """Of all steps of one run, with the FFN experts per token that theory expects."""
@@ -294,14 +297,16 @@ def with_equal_flops(variants: dict[str, Variant]) -> dict[str, Variant]:
         if own.flops_of is not None:
             target = variants[own.flops_of].training_flops() * (1 + 1e-9)  # sums may be rounded
             most = math.ceil(own.steps * target / own.step_flops())
-            steps = bisect_right(range(1, most + 1), target, key=partial(flops_of_steps, own))
+            steps = bisect_right(range(1, most + 1), target, key=partial(training_flops_at, own))
             own = own.with_options({"trainer.max_steps": max(1, steps)})
         found[name] = own
     return found
 
 
-def flops_of_steps(variant: Variant, steps: int) -> float:
-    return variant.with_options({"trainer.max_steps": steps}).training_flops()
+def training_flops_at(variant: Variant, steps: int) -> float:
+    """Its `training_flops` with so many steps, each of which costs as much; without parsing its options anew."""
+    share, tokens = steps / variant.steps, variant.tokens * steps // variant.steps
+    return share * variant.step_flops() + calibration_tokens(tokens) * variant.calibration_flops_per_token
 
 
 def fit_options(
