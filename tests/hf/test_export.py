@@ -234,14 +234,14 @@ def test_balance_counts_neither_padding_nor_what_other_micro_batches_have(export
 
 def test_new_weights_are_drawn_as_ours() -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 3, "score_bias": True}
-    config = hf.MoeppConfig(vocab_size=320, num_experts=4, tie_word_embeddings=False, **sizes)
+    config = hf.MoeppConfig(vocab_size=320, num_experts=24, tie_word_embeddings=False, **sizes)
     model = AutoModelForCausalLM.from_config(config)
-    ours = Transformer(TransformerConfig(320, 3, 128, 96, tie_embeddings=False), MoEConfig(4, score_bias=True))
+    ours = Transformer(TransformerConfig(320, 3, 128, 96, tie_embeddings=False), MoEConfig(24, score_bias=True))
     for name, [parts] in tensor_names(ours.config, ours.moe_config):
         expected, drawn = ours.get_parameter(name), torch.cat([model.get_parameter(part) for part in parts])
         assert drawn.shape == expected.shape
-        # the s.d. of each side's n draws is itself off by 1 / sqrt(2n)
-        assert drawn.std().item() == pytest.approx(expected.std().item(), rel=4 / drawn.numel() ** 0.5), name
+        off = min(0.2, 4 / drawn.numel() ** 0.5)  # the s.d. of each side's n draws is itself off by 1 / sqrt(2n)
+        assert drawn.std().item() == pytest.approx(expected.std().item(), rel=off), name
     assert model.model.layers[1].mlp.gate.bias == 0
 
 

@@ -54,7 +54,7 @@ def test_neither_a_validation_nor_its_checkpoint_counts_as_training(
     assert main(["fit", *tiny(text_file), *options, "--data.val_fraction=0.005"]) == 0
     _, after = read_csv(Path("runs/moepp/1"))
     assert slept >= 400  # two validations, and a checkpoint after each
-    assert 3 * 4 * 32 / float(after["speed/tokens_per_second"]) < 50
+    assert 3 * 4 * 32 / float(after["speed/tokens_per_second"]) < 1
 
 
 def test_imbalance_is_of_the_layers_that_have_tokens() -> None:
