@@ -17,18 +17,40 @@ from moepp.model.errors import InputError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write in place of `path`. Whoever looks, at any moment, finds the old content or the new one."""
+    """A file to write in place of `path`. Whoever looks, at any moment, finds the old content or the new one (but
+    for a moment of `put_in_place`, where a folder was)."""
     beside = path.with_name(path.name + ".tmp")
     try:
         with lasting(beside) as file:  # before the rename: otherwise a power cut could leave the new name empty
             yield file
-        os.replace(beside, path)
+        put_in_place(path, beside)
     except BaseException as error:
         beside.unlink(missing_ok=True)  # on a full disk the room is needed
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # a failing write does not know its file
         raise
     fsync_folder(path.parent)
+
+
+def put_in_place(path: Path, beside: Path) -> None:
+    """Give `beside` the place of `path`, which there may be. Where one is a folder two renames do it."""
+    if not (path.is_dir() or beside.is_dir()):
+        beside.replace(path)
+        return
+    old = path.with_name(path.name + ".old.tmp")
+    remove(old)  # a kill has left it
+    if path.exists():
+        path.rename(old)
+    beside.rename(path)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """A file or a folder; there may be none."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

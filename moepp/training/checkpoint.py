@@ -5,7 +5,6 @@ A checkpoint is what torch.save writes: a zip archive whose entries each carry a
 
 import glob
 import os
-import shutil
 import sys
 import time
 import traceback
@@ -41,9 +40,6 @@ def write_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
             torch.save(checkpoint, file)
         except RuntimeError as error:  # where the disk fills up, torch's zip writer stumbles over its own position
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-        old = set_aside(path) if path.is_dir() else None  # of shards, which a file cannot replace
-    if old is not None:
-        remove_checkpoint(old)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -283,33 +279,6 @@ def step_path(run_dir: Path, step: int) -> Path:
 def step_of(path: Path) -> int:
     """The optimizer steps behind a step-<n>.ckpt."""
     return int(path.stem.removeprefix("step-"))
-
-
-def remove_checkpoint(path: Path) -> None:
-    """A file, or a folder of shards; there may be none."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def replace_checkpoint(path: Path, beside: Path) -> None:
-    """Give `beside` the place of `path`, which there may be. Where one is a folder two renames do it."""
-    if not (path.is_dir() or beside.is_dir()):
-        beside.replace(path)
-        return
-    old = set_aside(path)
-    beside.rename(path)
-    remove_checkpoint(old)
-
-
-def set_aside(path: Path) -> Path:
-    """Rename what is there, if anything. Returns its name until it is removed."""
-    old = path.with_name(path.name + ".old.tmp")
-    remove_checkpoint(old)  # a kill has left it
-    if path.exists():
-        path.rename(old)
-    return old
 
 
 def step_checkpoints(run_dir: Path) -> list[Path]:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from moepp.model import InputError
 from moepp.model.sharding import as_shards
-from moepp.system.files import fsync_folder
+from moepp.system.files import fsync_folder, put_in_place, remove
 from moepp.training import shards
-from moepp.training.checkpoint import read_rest, remove_checkpoint, replace_checkpoint, write_checkpoint
+from moepp.training.checkpoint import read_rest, write_checkpoint
 
 TIME_LIMIT = timedelta(minutes=10)  # how long a device is waited for
 SHARDED = "fsdp2"  # --trainer.strategy
@@ -122,13 +122,13 @@ class Sharded(ModelParallelStrategy):
         path = Path(self.broadcast(filepath))
         beside = path.with_name(path.name + ".tmp")
         if self.is_global_zero:
-            remove_checkpoint(beside)
+            remove(beside)
             beside.mkdir(parents=True)
         self.barrier()
         shards.write(beside, shards.take_shards(checkpoint))
         if self.is_global_zero:
             write_checkpoint(beside / shards.REST, checkpoint)
-            replace_checkpoint(path, beside)
+            put_in_place(path, beside)
             fsync_folder(path.parent)
         self.barrier()
 

@@ -12,10 +12,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loops.fit_loop import _FitLoop
 
 from moepp.model.config import require
-from moepp.system.files import fsync_folder
+from moepp.system.files import fsync_folder, put_in_place, remove
 from moepp.training.checkpoint import (
-    remove_checkpoint,
-    replace_checkpoint,
     step_checkpoints,
     step_of,
     step_path,
@@ -64,10 +62,10 @@ class Checkpoints(Checkpoint):
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         if trainer.is_global_zero:
             for unfinished in Path(trainer.default_root_dir).glob("checkpoints/*.tmp"):  # a kill came in between
-                remove_checkpoint(unfinished)
+                remove(unfinished)
             for path in step_checkpoints(Path(trainer.default_root_dir)):
                 if step_of(path) > trainer.global_step and not trainer.fit_loop.done:
-                    remove_checkpoint(path)  # damaged: this run goes on from the one before
+                    remove(path)  # damaged: this run goes on from the one before
             self.name_best(trainer)  # a kill may have come in between
         if self.validation_due:
             validate(trainer)
@@ -117,7 +115,7 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             self.name_best(trainer)
             for old in step_checkpoints(run_dir)[self.keep :]:
-                remove_checkpoint(old)
+                remove(old)
             fsync_folder(path.parent)
         return path
 
@@ -126,12 +124,12 @@ class Checkpoints(Checkpoint):
         path = step_path(Path(trainer.default_root_dir), trainer.global_step)
         if trainer.global_step == self.best_step and path.exists():
             beside = path.with_name("best.ckpt.tmp")
-            remove_checkpoint(beside)
+            remove(beside)
             if path.is_dir():
                 shutil.copytree(path, beside, copy_function=link)
             else:
                 link(path, beside)
-            replace_checkpoint(path.with_name("best.ckpt"), beside)
+            put_in_place(path.with_name("best.ckpt"), beside)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)

@@ -1,5 +1,6 @@
 """Checkpoint files: whole at every moment, checked on reading, the one before a damaged one is used."""
 
+import errno
 import os
 import random
 import subprocess
@@ -13,6 +14,7 @@ import torch
 
 from moepp.cli import main
 from moepp.model import InputError
+from moepp.system import files as whole_files
 from moepp.training import checkpoint as files
 from moepp.training.checkpoint import (
     newest_checkpoint,
@@ -110,15 +112,15 @@ def test_the_new_one_is_in_place_before_the_old_one_is_removed(
         elif kind == "folder":
             path.mkdir()
             (path / "part").write_text(path.name)
-    remove = files.remove_checkpoint
+    remove = whole_files.remove
 
     def removing(path: Path) -> None:
         if path.exists():
             assert (old / "part" if after == "folder" else old).read_text() == "a.ckpt.tmp"
         remove(path)
 
-    monkeypatch.setattr(files, "remove_checkpoint", removing)
-    files.replace_checkpoint(old, new)
+    monkeypatch.setattr(whole_files, "remove", removing)
+    whole_files.put_in_place(old, new)
     assert (old / "part" if after == "folder" else old).read_text() == "a.ckpt.tmp"
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
 
@@ -131,15 +133,32 @@ def test_a_file_in_the_place_of_a_folder_is_whole_before_that_is_removed(
     for folder in (path, tmp_path / "a.ckpt.old.tmp"):
         folder.mkdir()
         (folder / "part").write_text("old")
-    remove, removed = files.remove_checkpoint, []
+    remove, removed = whole_files.remove, []
 
     def removing(old: Path) -> None:
         removed.append(path.is_file() and bool(read_checkpoint(path)))
         remove(old)
 
-    monkeypatch.setattr(files, "remove_checkpoint", removing)
+    monkeypatch.setattr(whole_files, "remove", removing)
     write_checkpoint(path, CONTENT)
     assert removed == [False, True]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def test_a_folder_stays_where_the_file_does_not_come_to_lie_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.ckpt"
+    path.mkdir()
+    (path / "part").write_text("old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(whole_files.os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device"):
+        write_checkpoint(path, CONTENT)
+    assert (path / "part").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
 
 

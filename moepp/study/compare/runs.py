@@ -17,8 +17,8 @@ from rich.progress import Progress
 from moepp.model import InputError
 from moepp.study.compare.matrix import Matrix, Run
 from moepp.study.compare.speed import best_device
-from moepp.system.files import replacing
-from moepp.training.checkpoint import last_checkpoint, read_checkpoint, remove_checkpoint, write_checkpoint
+from moepp.system.files import remove, replacing
+from moepp.training.checkpoint import last_checkpoint, read_checkpoint, write_checkpoint
 
 FIT = [sys.executable, "-m", "moepp", "fit"]
 
@@ -124,7 +124,7 @@ def keep_weights_alone(run: Run) -> None:
         checkpoint.pop("optimizer_states", None)
         write_checkpoint(last, checkpoint)
         for other in set(last.parent.iterdir()) - {last}:
-            remove_checkpoint(other)
+            remove(other)
 
 
 def write_failure(run: Run, exit_code: int) -> None:
