@@ -139,6 +139,16 @@ ints_before_floats(Trainer.__init__.__annotations__)
 class OwnOptions(argparse.ArgumentParser):
     """A verb's own options, beside which it takes those of `moepp fit`. An error is one line (InputError)."""
 
+    def parse_own(self, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Its own, and the others. Next to none of these are without a section: what resembles ours is a slip."""
+        own, others = self.parse_known_args(arguments)
+        for option in others:
+            name = option.removeprefix("--").partition("=")[0]
+            question = did_you_mean(name, list(vars(own)))
+            if question and option.startswith("--") and "." not in name:
+                self.error(f"unrecognized arguments: {option}{question}")
+        return own, others
+
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
 

@@ -32,7 +32,7 @@ def run(verb: str, arguments: list[str]) -> None:
     parser.add_argument("--per_machine", type=int, default=8, metavar="N", help="devices of one (%(default)s)")
     for name, default, what in OPTIONS:
         parser.add_argument(f"--{name}", type=float, default=default, metavar="X", help=what)
-    own, others = parser.parse_known_args(arguments)
+    own, others = parser.parse_own(arguments)
     for name in ("per_machine", "peak", "mfu", "bandwidth", "between"):
         require(0 < getattr(own, name) < float("inf"), name, getattr(own, name), "must be positive")
     require(own.mfu <= 1, "mfu", own.mfu, "must be at most 1")

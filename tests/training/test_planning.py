@@ -39,6 +39,7 @@ def test_prints_the_plan_of_a_recipe_and_its_options(capsys: pytest.CaptureFixtu
         ("--devices=8 --data.batch_size=0", "batch_size: must be at least 1, got 0"),
         ("--devices=8 --trainer.strategy=ddp", "trainer.strategy: only fsdp2 can be planned, got ddp"),
         ("--devices=8 --model.moe.taw=1", "unrecognized arguments: --model.moe.taw=1"),
+        ("--devices=8 --mfuu=0.5", "unrecognized arguments: --mfuu=0.5 (did you mean mfu?)"),
     ],
 )
 def test_bad_input_ends_in_one_line(options: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,7 +55,7 @@ class Options(OwnOptions):
 
 
 def run(verb: str, arguments: list[str]) -> None:
-    options, overrides = Options().parse_known_args(arguments)
+    options, overrides = Options().parse_own(arguments)
     contents = read_matrix(options.matrix)
     versions = [name for name in ("tune", "quick") if getattr(options, name)]
     settings = {"seeds": 3, "jobs": 1, "part_of_steps": 1.0} | contents

@@ -19,7 +19,7 @@ from moepp.model import InputError
 from moepp.study.compare.ablate import locked
 from moepp.study.compare.matrix import Matrix, Run, read_matrix, resolve
 from moepp.study.compare.runs import Workers, steps_done, visible_gpus
-from tests.conftest import RECIPES, tiny
+from tests.conftest import RECIPES, refused, tiny
 
 STEPS = 40
 MATRIX = {
@@ -216,6 +216,13 @@ def test_changed_options_are_refused(study: Path, command: list[str], capsys: py
     error = capsys.readouterr().err
     assert "runs/m/vanilla/seed0 was made with model.optim.lr=0.01, not 0.02" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("slip", "meant"), [("--quik", "quick"), ("--seed=1", "seeds"), ("--dryrun", "dry_run")])
+def test_a_slip_is_not_left_to_the_runs(
+    study: Path, command: list[str], capsys: pytest.CaptureFixture[str], slip: str, meant: str
+) -> None:
+    assert f"unrecognized arguments: {slip} (did you mean {meant}?)" in refused(capsys, *command, slip)
 
 
 def test_dry_run_lists_the_costs_and_does_nothing(
