@@ -2,6 +2,7 @@ import csv
 import importlib
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -89,6 +90,13 @@ def without_speed(run: Path) -> list[dict[str, str]]:
 def read_csv(run: Path) -> list[dict[str, str]]:
     with (run / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """Tensors by name, however deep: the same names, and bit for bit the same values."""
+    import torch
+
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -10,7 +10,7 @@ from moepp.cli import main
 from moepp.model import MoEConfig, Transformer, TransformerConfig, count_parameters
 from moepp.training.arguments import with_bases
 from moepp.training.checkpoint import read_checkpoint, step_path
-from tests.conftest import RECIPES, tiny
+from tests.conftest import RECIPES, assert_same, tiny
 
 MATRICES = {
     "compare.yaml",
@@ -65,9 +65,7 @@ def test_takes_two_steps_when_shrunk_and_resumes(name: str, text_file: Path, wor
     if name not in ("moepp.yaml", "vanilla.yaml", "ablations/no_const.yaml", "gpu.yaml"):
         return
     assert main(["fit", *options, f"--ckpt_path={step_path(whole, 1)}"]) == 0
-    ends = [read_checkpoint(step_path(run, 2)) for run in (whole, resumed)]
-    for name, value in ends[0]["state_dict"].items():
-        assert torch.equal(value, ends[1]["state_dict"][name]), name
+    assert_same(*(read_checkpoint(step_path(run, 2))["state_dict"] for run in (resumed, whole)))
 
 
 @pytest.mark.parametrize(

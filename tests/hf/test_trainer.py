@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moepp.model.router import routers
+from tests.conftest import assert_same
 from tests.foreign_models import SIZES, build, transformers
 
 hf = pytest.importorskip("moepp.hf", reason="needs transformers: pip install 'moepp[hf]'")
@@ -91,5 +92,4 @@ def test_a_checkpoint_is_gone_on_with(tmp_path: Path) -> None:
     model = hf.swap_moe(transformers.AutoModelForCausalLM.from_pretrained(folder), **ADDED, balance_weight=BETA)
     hf.load_added(model, folder)
     trainer(model, tmp_path / "second").train(resume_from_checkpoint=str(folder))
-    for name, value in whole.state_dict().items():
-        assert torch.equal(model.state_dict()[name], value), name
+    assert_same(model.state_dict(), whole.state_dict())

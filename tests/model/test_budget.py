@@ -7,6 +7,7 @@ from moepp.model import InputError, MoEConfig, Transformer, TransformerConfig
 from moepp.model.budget import QUANTILES, Budget
 from moepp.model.margins import leave_one_out_bias, margins
 from moepp.model.router import Router, Routing
+from tests.conftest import assert_same
 
 SIZES = TransformerConfig(50, 2, 32, 48, 2, context_length=32)
 KINDS = [  # (n_ffn, n_zero, n_copy, n_const, top_k), and the fewest and most FFN experts
@@ -261,7 +262,7 @@ def test_evaluation_leaves_it_as_it_is() -> None:
     model = Transformer(SIZES, MoEConfig(ffn_budget=1.2)).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model(torch.randint(50, (2, 32)))
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert_same(dict(model.state_dict()), before)
     assert {"budget.quantiles_LQ", "budget.steps", "blocks.0.moe.router.choice_bias"} <= set(before)
 
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moepp.model import InputError, MoEConfig, Transformer, TransformerConfig, export_released, load_released
+from tests.conftest import assert_same
 
 REFERENCE = Path(__file__).parent / "reference"
 FOLDERS = ["released_linear_gate", "released_two_layer_gate", "released_no_input_scale"]
@@ -34,8 +35,7 @@ def test_export_writes_the_same_tensors(folder: str, tmp_path: Path) -> None:
         load_file(tmp_path / "model.safetensors"),
     )
     before["model.layers.0.mlp.moe.gate.gate_map.weight"].zero_()  # stands there unused
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_same(after, before)
     old, new = (json.loads((path / "config.json").read_text()) for path in (REFERENCE / folder, tmp_path))
     assert {key: old[key] for key in new if key in old} == {key: new[key] for key in new if key in old}
 
@@ -70,8 +70,7 @@ def test_bin_shards(tmp_path: Path) -> None:
     for i, half in enumerate((names[::2], names[1::2])):
         torch.save({name: tensors[name] for name in half}, tmp_path / f"pytorch_model-{i}.bin")
     shutil.copy(REFERENCE / FOLDERS[0] / "config.json", tmp_path)
-    expected = load_released(REFERENCE / FOLDERS[0]).state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in load_released(tmp_path).state_dict().items())
+    assert_same(load_released(tmp_path).state_dict(), load_released(REFERENCE / FOLDERS[0]).state_dict())
 
 
 def test_bin_files_cannot_run_code(tmp_path: Path) -> None:

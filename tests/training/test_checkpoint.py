@@ -25,7 +25,7 @@ from moepp.training.checkpoint import (
     write_checkpoint,
 )
 from moepp.training.saving import Checkpoints
-from tests.conftest import refused, tiny
+from tests.conftest import assert_same, refused, tiny
 
 RELEASED = Path(__file__).parents[1] / "model/reference/released_linear_gate"
 CONTENT = {"moepp": {"version": "0"}, "state_dict": {"a": torch.arange(300.0), "b": torch.ones(7, 9)}}
@@ -35,8 +35,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "deeper" / "a.ckpt", CONTENT)
     back = read_checkpoint(tmp_path / "deeper" / "a.ckpt")
     assert back["moepp"] == CONTENT["moepp"]
-    for name, value in CONTENT["state_dict"].items():
-        assert torch.equal(back["state_dict"][name], value)
+    assert_same(back["state_dict"], CONTENT["state_dict"])
     assert [path.name for path in (tmp_path / "deeper").iterdir()] == ["a.ckpt"]
 
 
@@ -56,7 +55,7 @@ def test_a_flipped_bit_is_found_or_harmless(tmp_path: Path) -> None:
         except InputError:
             found += 1
             continue
-        assert all(torch.equal(back["state_dict"][name], value) for name, value in CONTENT["state_dict"].items())
+        assert_same(back["state_dict"], CONTENT["state_dict"])
         assert back["moepp"] == CONTENT["moepp"]
     assert found > 200
 
@@ -172,9 +171,7 @@ def test_a_damaged_one_is_named_and_the_one_before_used(text_file: Path, workdir
     capsys.readouterr()
     assert main(["fit", *options, "--ckpt_path=last"]) == 0
     assert f"{last} is damaged" in capsys.readouterr().err
-    ends = [read_checkpoint(step_path(folder, 4)) for folder in (whole, run)]
-    for name, value in ends[0]["state_dict"].items():
-        assert torch.equal(value, ends[1]["state_dict"][name]), name
+    assert_same(*(read_checkpoint(step_path(folder, 4))["state_dict"] for folder in (run, whole)))
     for path in (run / "checkpoints").iterdir():
         os.truncate(path, 100)
     assert f"the checkpoints of {run} are all damaged" in refused(capsys, "fit", *options, "--ckpt_path=last")

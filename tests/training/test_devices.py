@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from moepp.cli import main
 from moepp.training.checkpoint import last_checkpoint, load, read_checkpoint, step_path
 from moepp.training.devices import spare_copies
-from tests.conftest import read_csv, tiny
+from tests.conftest import assert_same, read_csv, tiny
 from tests.ranks import Ranks
 
 STEPS = 20
@@ -153,8 +153,7 @@ def test_one_file_can_be_made_of_shards(ranks: Ranks, text_file: Path, tmp_path:
     assert main(["generate", f"--ckpt={best}", "--prompt=the", "--max_new_tokens=3"]) == 0
     assert main(["export", str(tmp_path / "hub"), f"--ckpt={best}", "--format=hf"]) == 0
     assert main(["import", str(tmp_path / "hub"), str(tmp_path / "back.ckpt")]) == 0
-    whole, back = (load(path).model.state_dict() for path in (best, tmp_path / "back.ckpt"))
-    assert all(torch.equal(value, back[name]) for name, value in whole.items())
+    assert_same(*(load(path).model.state_dict() for path in (tmp_path / "back.ckpt", best)))
     assert main(["validate", *options(text_file, run, 1), f"--ckpt_path={best}"]) == 0, capsys.readouterr().err
     # in its own folder the run goes on in one process, in one file, and sharded again
     for processes, more in ((1, "--trainer.max_steps=21"), (2, "--trainer.max_steps=22")):
@@ -227,7 +226,7 @@ def test_bad_steps_are_skipped_by_all(ranks: Ranks, text_file: Path, tmp_path: P
         1,
     ]
     weights = [read_checkpoint(step_path(run, step))["state_dict"] for step in (1, 2, 3)]
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert_same(weights[1], weights[0])
     assert not torch.equal(weights[1]["model.embedding.weight"], weights[2]["model.embedding.weight"])
 
 

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -16,7 +15,7 @@ from moepp.cli import main
 from moepp.text.token_files import data_hash
 from moepp.training.checkpoint import last_checkpoint, read_checkpoint, step_of, step_path
 from moepp.training.module import LitMoE
-from tests.conftest import RECIPES, read_csv, tiny, without_speed
+from tests.conftest import RECIPES, assert_same, read_csv, tiny, without_speed
 
 
 class PowerCut(Exception):
@@ -155,11 +154,8 @@ def test_a_resumed_run_is_the_same_run(
 
     whole, resumed = (read_checkpoint(step_path(Path(f"runs/moepp/{n}"), 10)) for n in (1, 2))
     assert whole["global_step"] == resumed["global_step"] == 10
-    for name, value in whole["state_dict"].items():
-        assert torch.equal(value, resumed["state_dict"][name]), name
-    for index, state in whole["optimizer_states"][0]["state"].items():
-        for name, value in state.items():
-            assert torch.equal(value, resumed["optimizer_states"][0]["state"][index][name]), name
+    assert_same(resumed["state_dict"], whole["state_dict"])
+    assert_same(resumed["optimizer_states"][0]["state"], whole["optimizer_states"][0]["state"])
     rows = [without_speed(workdir / f"runs/moepp/{n}") for n in (1, 2)]
     assert [row["step"] for row in rows[0]] == ["3", "6", "9", "10"]
     assert rows[0] == rows[1]
@@ -194,8 +190,7 @@ def test_a_run_that_was_cut_after_its_last_step_has_its_end_before_it(
     for _ in range(2):
         assert main(["fit", *options, "--ckpt_path=last"]) == 0
         for path in ("step-00000006.ckpt", "best.ckpt"):
-            whole, resumed = (read_checkpoint(run / "checkpoints" / path)["state_dict"] for run in runs)
-            assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+            assert_same(*(read_checkpoint(run / "checkpoints" / path)["state_dict"] for run in reversed(runs)))
         assert without_speed(runs[0]) == without_speed(runs[1])
 
 

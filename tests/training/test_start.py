@@ -15,7 +15,7 @@ from moepp.model.conversion import SILENT
 from moepp.model.router import routers
 from moepp.training.checkpoint import load, read_checkpoint, step_path, write_checkpoint
 from moepp.training.module import LitMoE
-from tests.conftest import read_csv, refused, tiny
+from tests.conftest import assert_same, read_csv, refused, tiny
 
 VANILLA = "vanilla.yaml"
 
@@ -97,8 +97,7 @@ def test_it_resumes_without_the_checkpoint_it_started_from(
     Path("gone.ckpt").unlink()
     step_path(runs[1], 6).unlink()
     assert main(["fit", "--ckpt_path=last"]) == 0
-    ends = [load(step_path(folder, 6)).model.state_dict() for folder in runs]
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert_same(*(load(step_path(folder, 6)).model.state_dict() for folder in reversed(runs)))
 
 
 def test_before_it_begins_a_run_knows_whether_it_goes_on(
