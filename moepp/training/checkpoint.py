@@ -202,10 +202,9 @@ class Loaded:
 
     @property
     def begins_with_end(self) -> bool:
-        """Whether the end of another text is to stand before a text. An imported model wants there what its
-        tokenizer puts there, if it puts anything."""
-        own = self.tokenizer is not None and self.tokenizer.num_special_tokens_to_add(False) > 0
-        return self.end_of_text is not None and not (own and self.meta.get("data_hash") is None)
+        """Whether the end of another text is to stand before a text, as where it is trained here. An imported model
+        wants there what its tokenizer puts there, and nothing if that is nothing."""
+        return self.end_of_text is not None and self.meta.get("data_hash") is not None
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, and before them what the model wants there. There has to be a tokenizer."""

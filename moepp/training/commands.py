@@ -89,6 +89,8 @@ def generate(
         model.set_ffn_budget(ffn_budget)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ids = loaded.encode(prompt)
+    if not ids and loaded.end_of_text is not None:
+        ids = [loaded.end_of_text]  # something has to stand there
     if max_new_tokens is None:
         max_new_tokens = max(1, min(200, model.config.context_length - len(ids)))
     whole = generation.generate(

@@ -293,12 +293,14 @@ def test_an_imported_model_has_no_figures(workdir: Path) -> None:
     exec(card.split("```python\n")[1].split("```")[0], {})
 
 
-def test_an_imported_tokenizer_goes_on_as_it_was(workdir: Path) -> None:
-    """One that puts a token of its own before a text, as Llama's does."""
+@pytest.mark.parametrize("puts", ["a token", "nothing"])
+def test_an_imported_tokenizer_goes_on_as_it_was(workdir: Path, puts: str) -> None:
+    """Whether or not it puts a token of its own before a text, as Llama's does and Qwen's does not."""
     theirs = train_tokenizer([SENTENCE], SIZES.vocab_size - 2).tokenizer
     theirs.add_special_tokens(["<s>", "</s>"])
     start = theirs.token_to_id("<s>")
-    theirs.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
+    if puts == "a token":
+        theirs.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
     tokenizer_json, end = theirs.to_str(), theirs.token_to_id("</s>")
     content = checkpoint_of(build("dense"), tokenizer_json=tokenizer_json, end_of_text=end, data="somebody else's")
     write_checkpoint("model.ckpt", content)
