@@ -27,17 +27,15 @@ def balance_loss(model: nn.Module) -> Tensor:
     raise InputError("balance_loss: no forward pass of a model that swap_moe has changed")
 
 
-def with_balance(
-    decoder: nn.Module, theirs: Callable[..., Tensor], logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any
-) -> Tensor:
-    """`theirs`, the loss function of `decoder`'s model, and while it trains β·L_b on top.
+def with_balance(decoder: nn.Module, theirs: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """`theirs`, the loss function (logits, labels, ...) of `decoder`'s model, and while it trains β·L_b on top.
 
     Trainer adds up the losses of a step's micro-batches. With `num_items_in_batch`, how many labels the step has,
     each counts by its share of the labels, and so must its L_b; without, Trainer divides both. Either way a step's
     loss has a mean of L_b, over processes as well.
     """
-    loss = theirs(logits, labels, *args, **kwargs)
+    loss = theirs(*args, **kwargs)
     if not decoder.training:
         return loss
     beta = next(block.moe for block in decoder.modules() if isinstance(block, SwappedBlock)).balance_weight
-    return loss + beta * share_of_step(labels, **kwargs) * balance_loss(decoder)
+    return loss + beta * share_of_step(*args[1:2], **kwargs) * balance_loss(decoder)

@@ -39,7 +39,12 @@ def vanilla(layer: nn.Module, where: str) -> dict[str, Any]:
     weight_FD = block.gate.weight
     x_TD = torch.randn(N_PROBES, weight_FD.shape[1], generator=torch.Generator().manual_seed(0)).to(weight_FD)
     x_TD[0] = 0  # all scores are equal: gates of 1/K are renormalised, those of 1/F are not
-    logits_TF, gates_TK, experts_TK = block.gate(x_TD)
+    if weight_FD.is_meta:
+        raise InputError(f"{where}: it has no weights yet, they are on the meta device")
+    try:
+        logits_TF, gates_TK, experts_TK = block.gate(x_TD)
+    except TypeError as error:  # our own exported models' want the logits of the layer before
+        raise InputError(f"{where}: its gate takes more than hidden states") from error
     n_ffn, top_k = len(weight_FD), experts_TK.shape[1]
     renormalize = bool(gates_TK[0].sum() > (1 + top_k / n_ffn) / 2) or top_k == n_ffn
     chosen_TK = logits_TF.gather(1, experts_TK)

@@ -99,10 +99,18 @@ def added_rows(rows_ED: Tensor, n_added: int, noise: float, generator: torch.Gen
 
 
 def set_bias(model: nn.Module, bias: float) -> None:
-    """Of the scores of zero-computation experts, in every router that has one."""
-    for router in routers(model):
-        if router.bias is not None:
-            router.bias.fill_(bias)
+    """Of the scores of zero-computation experts, in every router: ours, and those of exported models.
+
+    Raises:
+        InputError: none has one.
+    """
+    found = [
+        value for name, value in model.named_buffers() if name.rpartition(".")[2] == "bias" and value.dim() == 0
+    ]
+    if not found:
+        raise InputError("no router has a bias on the scores of zero-computation experts: add such experts first")
+    for value in found:
+        value.fill_(bias)
 
 
 def bias_at(step: int, start: float, steps: int) -> float:

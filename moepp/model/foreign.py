@@ -28,12 +28,13 @@ class Family:
     intermediate_size: str = "intermediate_size"
     qk_norm: str = "none"
     renormalize: bool | None = True  # None: as norm_topk_prob says, which is False where it is not said
+    rope_theta: float = 1e4  # where config.json does not say
     expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     must_be: dict[str, Any] = field(default_factory=dict)  # key: what it is where it says nothing of interest
 
 
 FAMILIES = {
-    "mixtral": Family(expert=("w1", "w3", "w2")),
+    "mixtral": Family(rope_theta=1e6, expert=("w1", "w3", "w2")),
     "qwen3_moe": Family(
         intermediate_size="moe_intermediate_size",
         qk_norm="head",
@@ -74,7 +75,7 @@ def configurations(config: dict[str, Any], path: Path) -> tuple[Family, Transfor
     if "num_local_experts" in config:  # which of the two depends on the family, and on who wrote it
         config = config | {"num_experts": config["num_local_experts"]}
     with naming(path):
-        rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0)}
+        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
         require_supported(config, rope, family)
         renormalize = config.get("norm_topk_prob", False) if family.renormalize is None else family.renormalize
         transformer = TransformerConfig(
@@ -83,7 +84,7 @@ def configurations(config: dict[str, Any], path: Path) -> tuple[Family, Transfor
             n_kv_heads=config.get("num_key_value_heads"),
             head_size=config.get("head_dim"),
             qk_norm=family.qk_norm,  # type: ignore[arg-type]
-            rope_theta=rope["rope_theta"],
+            rope_theta=rope.get("rope_theta") or config.get("rope_theta") or family.rope_theta,
             tie_embeddings=config.get("tie_word_embeddings", False),
             init_std=config.get("initializer_range", 0.02),
         )
@@ -102,18 +103,20 @@ def configurations(config: dict[str, Any], path: Path) -> tuple[Family, Transfor
 def require_supported(config: dict[str, Any], rope: dict[str, Any], family: Family) -> None:
     """Raise an InputError for what the config asks for and our model cannot do."""
     context, window = config.get("max_position_embeddings"), config.get("sliding_window")
-    scaling = config.get("rope_scaling") or rope
+    windowed = (
+        config.get("use_sliding_window", True) or config["model_type"] != "qwen3_moe"
+    )  # others read no such key
     rules = {
         "hidden_act": config.get("hidden_act", "silu") == "silu",
         "attention_bias": not config.get("attention_bias"),
-        "rope_scaling": scaling.get("rope_type", scaling.get("type", "default")) == "default",
+        "rope_scaling": rope.get("rope_type", rope.get("type", "default")) == "default",
         # a window that no sequence reaches is none
-        "sliding_window": not config.get("use_sliding_window", True) or window is None or window >= context,
+        "sliding_window": not windowed or window is None or window >= context,
         "quantization_config": config.get("quantization_config") is None,
     } | {key: (config.get(key) or plain) == plain for key, plain in family.must_be.items()}
     for key, supported in rules.items():
         if not supported:
-            said = scaling if key == "rope_scaling" else config.get(key)
+            said = rope if key == "rope_scaling" else config.get(key)
             raise InputError(f"{key}={said} is not supported")
 
 

@@ -202,8 +202,8 @@ class Loaded:
 
     @property
     def begins_with_end(self) -> bool:
-        """Whether the end of another text is to stand before a text, as where it is trained here. An imported model
-        wants there what its tokenizer puts there, and nothing if that is nothing."""
+        """Whether the end of another text is to stand before a text, as in training here. An imported model wants
+        there what its tokenizer puts there, and nothing if that is nothing."""
         return self.end_of_text is not None and self.meta.get("data_hash") is not None
 
     def encode(self, text: str) -> list[int]:

@@ -11,8 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from moepp.model import InputError, Transformer, add_zero_computation, load_foreign, mean_load_balance_loss
+from moepp.model import (
+    InputError,
+    MoEConfig,
+    Transformer,
+    TransformerConfig,
+    add_zero_computation,
+    load_foreign,
+    mean_load_balance_loss,
+)
 from moepp.model.conversion import SILENT
+from moepp.model.hub import export_hub
 from moepp.model.router import routers
 from tests.foreign_models import MODELS, SIZES, build, transformers
 
@@ -306,6 +315,8 @@ def sigmoid_router(self: Any, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.T
         (lambda: change(plain(), "sigmoid"), "layer 1: its gate is not a linear router with a softmax"),
         (lambda: change(plain(), "wrapped"), "layer 1: something wraps it already"),
         (lambda: change(plain(), "swapped"), "layer 0: has our layer already"),
+        (lambda: plain().to("meta"), "layer 0: it has no weights yet"),
+        (lambda: exported_vanilla(), "layer 0: its gate takes more than hidden states"),
     ],
 )
 def test_what_cannot_be_swapped_is_refused_in_one_line_and_left_alone(make: Any, message: str) -> None:
@@ -315,6 +326,13 @@ def test_what_cannot_be_swapped_is_refused_in_one_line_and_left_alone(make: Any,
         hf.swap_moe(model)
     assert "\n" not in str(error.value)
     assert [type(module) for module in model.modules()] == before
+
+
+def exported_vanilla() -> Any:
+    config = hf.MoeppConfig(
+        vocab_size=50, num_hidden_layers=2, n_zero=0, n_copy=0, n_const=0, gating_residual=False
+    )
+    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def dense_between() -> Any:
@@ -349,6 +367,35 @@ def test_the_bias_rises_while_it_trains() -> None:
         schedule.on_step_begin(None, state, None, model=model)
         found.append([bias.item() for bias in biases])
     assert found == [[value] * 3 for value in (-2.0, -1.5, -1.0, -0.5, 0.0, 0.0)]
+
+
+@pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_other_tasks_keep_their_loss(task: str) -> None:
+    config = transformers.MixtralConfig(
+        **SIZES, num_local_experts=4, num_labels=3, pad_token_id=0, classifier_dropout=0.0
+    )
+    model = getattr(transformers, f"AutoModelFor{task}").from_config(config).eval()
+    labels = {"labels": torch.tensor([0, 1, 2]) if task[0] == "S" else tokens() % 3}
+    if task[0] == "Q":
+        labels = {"start_positions": torch.tensor([0, 1, 2]), "end_positions": torch.tensor([3, 4, 5])}
+    expected = model(tokens(), **labels).loss
+    hf.swap_moe(model, balance_weight=0.5)
+    torch.testing.assert_close(model(tokens(), **labels).loss, expected)
+    loss = model.train()(tokens(), **labels).loss
+    assert loss.item() == pytest.approx(expected.item() + 0.5 * hf.balance_loss(model).item(), rel=1e-5)
+
+
+def test_the_bias_of_exported_models_rises_too_and_there_has_to_be_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vanilla = Transformer(TransformerConfig(50, 2, 32, 24), MoEConfig(4, 0, 0, 0, gating_residual=False))
+    export_hub(add_zero_computation(vanilla), tmp_path)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    hf.BiasSchedule(steps=4, start=-2.0).on_step_begin(
+        None, transformers.TrainerState(global_step=1), None, model=exported
+    )
+    assert [layer.mlp.gate.bias.item() for layer in exported.model.layers] == [-1.5, -1.5]
+    with pytest.raises(InputError, match="no router has a bias"):
+        hf.set_bias(plain(), 0.0)
 
 
 def test_data_parallel_is_refused() -> None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moepp.model import InputError, KVCache, Transformer, load_foreign
-from tests.foreign_models import MODELS, SIZES, build
+from tests.foreign_models import MODELS, SIZES, build, transformers
 
 
 def their_choices(theirs: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
@@ -55,6 +55,27 @@ def test_logits_and_choices_are_those_of_transformers(
     if "llama" not in name:
         for mine, their in zip(our_choices(ours, tokens), their_choices(theirs, tokens), strict=True):
             assert torch.equal(mine, their)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe", "llama"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"rope_theta": 77.0},
+        {"rope_theta": 77.0, "rope_scaling": {"rope_type": "default", "rope_theta": 55.0}},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_the_base_of_rope_is_theirs_however_it_is_said(
+    name: str, said: dict[str, Any], tmp_path: Path, tokens: torch.Tensor
+) -> None:
+    build(name).save_pretrained(tmp_path)
+    change(tmp_path, rope_parameters=None, **said)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits
+    logits = load_foreign(tmp_path)(tokens).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -119,6 +140,10 @@ def spoil(folder: Path, value: torch.Tensor | None) -> None:
         (lambda f: change(f, rope_parameters=5), "config.json: 'int' object"),
         (lambda f: change(f, rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling=.*linear"),
         (lambda f: change(f, use_sliding_window=True, sliding_window=16), "sliding_window=16 is not supported"),
+        (
+            lambda f: change(f, model_type="mixtral", use_sliding_window=False, sliding_window=16),
+            "sliding_window=16 is not supported",
+        ),
         (lambda f: change(f, attention_bias=True), "attention_bias=True is not supported"),
         (lambda f: change(f, decoder_sparse_step=2), "decoder_sparse_step=2 is not supported"),
         (lambda f: change(f, mlp_only_layers=[0]), r"mlp_only_layers=\[0\] is not supported"),

@@ -21,7 +21,8 @@ def make(moe: MoEConfig, T: int, seed: int = 0) -> tuple[MoELayer, torch.Tensor,
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(0, 0.5)
-    set_bias(layer, -0.7)
+    if moe.score_bias:
+        set_bias(layer, -0.7)
     if layer.router.choice_bias is not None:
         layer.router.choice_bias.fill_(0.4)
     x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
