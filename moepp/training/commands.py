@@ -138,7 +138,7 @@ def convert(
     n_const: int = 0,
     ffn_per_token: float | None = None,
     n_ffn: int | None = None,
-    top_k: int = 2,
+    top_k: int | None = None,
     noise: float = 0.1,
     seed: int = 0,
 ) -> None:
@@ -155,14 +155,16 @@ def convert(
         n_const: constant experts to add.
         ffn_per_token: FFN experts that a token shall take at balance, which sets tau; by default two thirds.
         n_ffn: for a dense model: FFN experts to make of its FFN.
-        top_k: and how many of them a token takes.
+        top_k: and how many of them a token takes, by default 2.
         noise: spread of the new rows of the router, in that of the old rows.
         seed: of the noise, and of the router that n_ffn makes.
     """
     loaded = load(ckpt)
     model = loaded.model
     if n_ffn is not None:
-        model = upcycle(model, n_ffn, top_k, seed)
+        model = upcycle(model, n_ffn, 2 if top_k is None else top_k, seed)
+    else:
+        require(top_k is None, "top_k", top_k, "goes with n_ffn, of a dense model")
     if n_ffn is None or n_zero or n_copy or n_const:
         model = add_zero_computation(model, n_zero, n_copy, n_const, ffn_per_token, noise, seed)
     else:

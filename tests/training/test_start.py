@@ -183,6 +183,7 @@ def test_what_is_refused(
         (further(text_file, "--model.distill.weight=2"), "distill.weight: must be between 0 and 1"),
         (["convert", "converted.ckpt", "new.ckpt"], "has 3 zero-computation experts already"),
         (["convert", "vanilla.ckpt", "converted.ckpt"], "exists already"),
+        (["convert", "vanilla.ckpt", "new.ckpt", "--top_k=4"], "top_k: goes with n_ffn, of a dense model, got 4"),
         (["convert", "vanilla.ckpt", "new.ckpt", "--ffn_per_token=2"], "ffn_per_token: must be above 1 and below"),
         (["convert", "vanilla.ckpt", "new.ckpt", "--n_ffn=4"], "moe.n_ffn: must be 1"),
     ):
