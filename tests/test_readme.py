@@ -87,6 +87,19 @@ def test_the_code_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"MoELayer", "load_released"} <= set(moepp.__all__)
 
 
+def test_a_budget_is_held_in_a_loop_as_in_the_readme() -> None:
+    import moepp.model
+
+    (code,) = (block for language, block in BLOCKS if language == "python" and "observe" in block)
+    batches = [(torch.randint(8192, (4, 32)), None) for _ in range(22)]
+    names = vars(moepp.model) | {"torch": torch, "batches": batches, "update": lambda output, targets: None}
+    exec(code, names)
+    with torch.no_grad():
+        routings = [routing for inputs, _ in batches for routing in names["model"](inputs).routings]
+    spent = torch.cat([routing.computed().sum(1).float() for routing in routings]).mean().item()
+    assert spent == pytest.approx(1.2, rel=0.01)
+
+
 def test_the_package_has_the_names_of_the_method() -> None:
     import moepp.model
 

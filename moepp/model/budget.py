@@ -26,6 +26,11 @@ WEIGHT = 0.3  # of the last step's quantiles in the average. Large batches' drif
 REPAID = 0.8  # of the debt, in the next step
 
 
+def alone(figures: Tensor) -> Tensor:
+    """Those of all devices, where there is one."""
+    return figures
+
+
 class Budget(nn.Module):
     """The quantiles of a model's margins over training, and what it owes. Buffers, which checkpoints keep.
 
@@ -64,9 +69,9 @@ class Budget(nn.Module):
         self.pending.append(torch.cat((quantiles_of(margins_LC.float()), spent_L[:, None]), dim=1))
 
     @torch.no_grad()
-    def step(self, ffn_per_token: float, mean_over_devices: Callable[[Tensor], Tensor]) -> None:
+    def step(self, ffn_per_token: float, mean_over_devices: Callable[[Tensor], Tensor] = alone) -> None:
         """Update quantiles and debt after a step that was to spend `ffn_per_token`. Quantiles that are not finite
-        are left out."""
+        are left out. `mean_over_devices` makes of this device's figures those of all."""
         figures_LF = mean_over_devices(torch.stack(self.pending).mean(0)).to(self.quantiles_LQ)
         now_LQ, spent_L1 = figures_LF.split((QUANTILES, 1), dim=1)
         self.pending.clear()
@@ -83,9 +88,9 @@ class Budget(nn.Module):
         self.steps += finite
 
     @torch.no_grad()
-    def calibrate(self, of_all_devices: Callable[[Tensor], Tensor]) -> None:
+    def calibrate(self, of_all_devices: Callable[[Tensor], Tensor] = alone) -> None:
         """Go by what was observed since the last step alone: by the quantiles of all of these margins together,
-        which an average of batches' quantiles is not."""
+        which an average of batches' quantiles is not. `of_all_devices` stacks the devices' quantiles."""
         quantiles_NLQ = of_all_devices(torch.stack(self.pending)[..., :QUANTILES])
         self.pending.clear()
         middles_LNM = middles(quantiles_NLQ.flatten(0, -3)).transpose(0, 1)

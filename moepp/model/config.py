@@ -41,7 +41,8 @@ class MoEConfig:
             where gradients are accumulated), or over each device's part.
         score_bias: the scores of zero-computation experts have a bias, which a schedule sets (conversion.py).
         ffn_budget: FFN experts per token and layer that training holds, in the mean, by a bias on the choice
-            (budget.py, margins.py); null is the paper's method, where τ only suggests how many.
+            (budget.py, margins.py); null is the paper's method, where τ only suggests how many. Evaluation, and
+            batches of one sequence, go by what `Transformer.budget` has been shown: without it, by nothing.
         budget_over: hold it over the whole model, where layers differ as they like, or in every layer.
     """
 

@@ -146,8 +146,8 @@ class Transformer(nn.Module):
         """
         if self.budget is None or self.budget.steps == 0:
             raise InputError(
-                "ffn_budget: only what was trained with one (model.moe.ffn_budget), and still has its margins' "
-                "quantiles, can be given another"
+                "ffn_budget: only what was trained with one (model.moe.ffn_budget), and has its margins' "
+                "quantiles (`Budget.observe` and `step` in a loop of your own), can be given another"
             )
         self.moe_config.require_budget(ffn_per_token, "ffn_budget")
         self.budget.spend(ffn_per_token)

@@ -200,7 +200,7 @@ def test_calibrated_it_is_spent_on_all_that_was_observed_however_unlike_its_part
         pooled.observe([routing_of(scores_TE, moe)])
     assert abs(spent(averaged) / 0.2 - 1) > 0.2
     pooled.debt_X.fill_(0.5)
-    pooled.calibrate(lambda quantiles: quantiles)
+    pooled.calibrate()
     assert spent(pooled) == pytest.approx(0.2, rel=0.02)
     for budget, some in zip(two, (parts[:2], parts[2:]), strict=True):
         for scores_TE in some:
