@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import register_dataclass
 
 from . import balance
 from .config import MoEConfig
@@ -76,6 +77,9 @@ class Routing:
             return self.tokens_per_expert()
         unbiased_TK = self.scores.topk(self.moe.top_k, dim=-1).indices
         return balance.count_assignments(unbiased_TK, self.moe.n_experts)
+
+
+register_dataclass(Routing)  # DDP with a static graph looks for the tensors of an output
 
 
 def mean_load_balance_loss(routings: list[Routing]) -> Tensor:

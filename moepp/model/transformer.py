@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_dataclass
 from torch.utils.checkpoint import checkpoint
 
 from .attention import attend
@@ -100,6 +101,9 @@ class Output:
 
     logits: Tensor
     routings: list[Routing]
+
+
+register_dataclass(Output)  # as Routing is
 
 
 class Transformer(nn.Module):

@@ -1,5 +1,6 @@
 """A sharded model computes what one process computes, compiled and with activations computed again, too."""
 
+import copy
 from collections.abc import Iterator
 from unittest import mock
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from moepp.model import MoEConfig, Transformer, TransformerConfig, linear_cross_entropy, mean_load_balance_loss
 from moepp.model.sharding import ParallelConfig, shard
@@ -61,6 +63,30 @@ def difference(parallel: ParallelConfig, moe: MoEConfig, bf16: bool, compiled: b
         assert gradient.dtype == torch.float32, name
         largest = max(largest, float((gradient - one.grad).abs().max() / one.grad.abs().max()))
     return largest
+
+
+def difference_with_ddp(static_graph: bool) -> float:
+    """Likewise of DistributedDataParallel, whose static graph is told by the first step."""
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    whole = Transformer(CONFIG, MoEConfig()).double()
+    replica = DistributedDataParallel(copy.deepcopy(whole), static_graph=static_graph)
+    tokens_BS = torch.randint(CONFIG.vocab_size, (8, 16), generator=torch.Generator().manual_seed(1))
+
+    def backward(model: torch.nn.Module, tokens_BS: Tensor) -> None:
+        output = model(tokens_BS)
+        (output.logits.square().mean() + mean_load_balance_loss(output.routings)).backward()
+
+    backward(replica, tokens_BS[dist.get_rank() :: 2])
+    with mock.patch.object(dist, "is_initialized", return_value=False):
+        backward(whole, tokens_BS)
+    pairs = zip(whole.parameters(), replica.module.parameters(), strict=True)
+    return max(float((one.grad - other.grad).abs().max()) for one, other in pairs if one.numel())
+
+
+@pytest.mark.parametrize("static_graph", [False, True])
+def test_ddp_has_the_gradients_of_one_process(ranks: Ranks, static_graph: bool) -> None:
+    assert max(ranks.run(2, difference_with_ddp, static_graph)) < 1e-12
 
 
 @pytest.mark.parametrize(
