@@ -36,8 +36,9 @@ def generate(
     require(temperature >= 0, "temperature", temperature, "must not be negative")
     require(0 < top_p <= 1, "top_p", top_p, "must be above 0 and at most 1")
     require(0 <= seed < 2**63, "seed", seed, "must be between 0 and 2^63")
-    highest, vocab_size = int(prompt_S.max()), model.config.vocab_size
-    require(highest < vocab_size, "prompt", highest, f"must be of tokens below vocab_size={vocab_size}")
+    vocab_size = model.config.vocab_size
+    for end in (int(prompt_S.min()), int(prompt_S.max())):
+        require(0 <= end < vocab_size, "prompt", end, f"must be of tokens below vocab_size={vocab_size}")
     context = model.config.context_length
     if len(prompt_S) + max_new_tokens > context:
         raise InputError(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .autocast import to_autocast
+from .config import require
 
 LossAndGradient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 CHUNK_BYTES = 4096  # of one column of a chunk's logits on a CPU
@@ -28,8 +29,13 @@ def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
     """Mean cross-entropy of the logits `hidden_ND @ weight_VD.T` with `targets_N`, gradients as autograd's.
 
     Under autocast the products are in its dtype; the softmax is in float32 at least, fused by torch.compile where
-    that is asked for. There must be a target for every token. Returns a scalar.
+    that is asked for. Returns a scalar.
+
+    Raises:
+        InputError: there are more or fewer targets than tokens.
     """
+    n = len(hidden_ND)
+    require(len(targets_N) == n, "targets", len(targets_N), f"must be as many as {n} tokens")
     hidden_ND, weight_VD = to_autocast(hidden_ND), to_autocast(weight_VD)
     softmax = compiled() if compile else nll_and_gradient
     return LinearLoss.apply(hidden_ND, weight_VD, lambda logits, rows: softmax(logits, targets_N[rows, None]))

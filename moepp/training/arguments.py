@@ -23,6 +23,12 @@ from moepp.training.run_folder import newest_config
 NONE_FITS = re.compile(
     r"(?:- )?Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: (.*)"
 )
+# among these, what is wrong with a class that is named by its path, such as a callback
+OF_A_CLASS = re.compile(
+    r"^(Parser key \"[\w.]+\": ).* - (?:Problem with given class_path '[\w.]+': )?"
+    r"((?:the following arguments are required:|No module named|module '[\w.]+' has no|Parser key) .*?)"
+    r" (?:- |Given)"
+)
 NO_OPTIONS = "holds no options but {}: leave it out, or say what in it is to change"
 
 
@@ -172,6 +178,8 @@ class OneLineParser(LightningArgumentParser):
             r"config: \1 (recipes/ has those that come)",
             line,
         )
+        if in_class := OF_A_CLASS.match(line):
+            line = "".join(in_class.groups())
         line = NONE_FITS.sub(r"must be one of \1; got \2", line)
         line = re.sub(r"Expected a (.*)\. Got value: (.*)", r"must be \1; got \2", line)
         line = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", line)

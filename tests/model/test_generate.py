@@ -69,8 +69,9 @@ def test_output_that_is_not_finite_is_no_text(model: Transformer) -> None:
 
 
 def test_prompt_of_another_vocabulary(model: Transformer) -> None:
-    with pytest.raises(InputError, match="prompt: must be of tokens below vocab_size=.*, got 999999"):
-        generate(model, torch.tensor([3, 999_999]), 1)
+    for token in (999_999, -1):
+        with pytest.raises(InputError, match=f"prompt: must be of tokens below vocab_size=.*, got {token}"):
+            generate(model, torch.tensor([3, token]), 1)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch._inductor.utils import run_and_get_code
 
-from moepp.model import loss
+from moepp.model import InputError, loss
 
 
 def agree(actual: torch.Tensor, expected: torch.Tensor, *inputs: torch.Tensor) -> None:
@@ -29,6 +29,8 @@ def test_equals_cross_entropy_of_the_logits(n_tokens: int, monkeypatch: pytest.M
     expected = F.cross_entropy(hidden @ weight.T, targets)
     actual = loss.linear_cross_entropy(hidden, weight, targets)
     agree(actual, expected, hidden, weight)
+    with pytest.raises(InputError, match=f"targets: must be as many as {n_tokens} tokens, got {n_tokens - 1}"):
+        loss.linear_cross_entropy(hidden, weight, targets[1:])
     assert torch.autograd.gradcheck(lambda h, w: loss.linear_cross_entropy(h, w, targets), (hidden, weight))
 
 
