@@ -109,7 +109,8 @@ register_dataclass(Output)  # as Routing is
 class Transformer(nn.Module):
     """tokens (B, S) → Output. Each layer's router hands its logits to the next.
 
-    Built on the meta device it has no weights yet; `materialize` gives it the same as elsewhere.
+    Built on the meta device it has no weights yet; `materialize` gives it the same as elsewhere (`to_empty` alone
+    leaves buffers undefined that no state dict holds).
     """
 
     rope_2Sd: Tensor
