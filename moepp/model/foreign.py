@@ -103,9 +103,7 @@ def configurations(config: dict[str, Any], path: Path) -> tuple[Family, Transfor
 def require_supported(config: dict[str, Any], rope: dict[str, Any], family: Family) -> None:
     """Raise an InputError for what the config asks for and our model cannot do."""
     context, window = config.get("max_position_embeddings"), config.get("sliding_window")
-    windowed = (
-        config.get("use_sliding_window", True) or config["model_type"] != "qwen3_moe"
-    )  # others read no such key
+    windowed = config["model_type"] != "qwen3_moe" or config.get("use_sliding_window", True)
     rules = {
         "hidden_act": config.get("hidden_act", "silu") == "silu",
         "attention_bias": not config.get("attention_bias"),
