@@ -18,6 +18,7 @@ from moepp.model import (
     mean_load_balance_loss,
     nll_by_token,
 )
+from moepp.model.config import require
 from moepp.model.conversion import bias_at, set_bias
 from moepp.model.sharding import ParallelConfig, shard
 from moepp.training.budget import BudgetConfig, calibration_tokens
@@ -67,6 +68,8 @@ class LitMoE(L.LightningModule):
         self.model.checkpoint_activations = checkpoint_activations
         self.resumed = False  # from a checkpoint of this run
         self.init_from, self.convert, self.distill, self.budget = init_from, convert, distill, budget
+        let_in = convert.steps is None or moe.score_bias
+        require(let_in, "convert.steps", convert.steps, "needs experts that moepp convert has added")
         if budget.start is not None:
             moe.require_budget(budget.start, "budget.start")
         self.teacher: Teacher | None = None

@@ -180,6 +180,10 @@ def test_what_is_refused(
             "other.ckpt has another",
         ),
         (further(text_file, "--model.convert.start=1"), "convert.start: must not be positive"),
+        (
+            further(text_file, from_vanilla, "--model.convert.steps=4"),
+            "convert.steps: needs experts that",
+        ),
         (further(text_file, "--model.distill.weight=2"), "distill.weight: must be between 0 and 1"),
         (["convert", "converted.ckpt", "new.ckpt"], "has 3 zero-computation experts already"),
         (["convert", "vanilla.ckpt", "converted.ckpt"], "exists already"),
