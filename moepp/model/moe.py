@@ -34,7 +34,7 @@ class MoELayer(nn.Module):
         `previous_logits` (T, E) are the `routing.logits` of the layer before. Capacity, where it is set, serves
         earlier positions first, the last dimension but one being the position.
         """
-        x_BSD = x.reshape(-1, *x.shape[-2:]) if x.dim() > 1 else x.view(1, 1, -1)
+        x_BSD = x.reshape(x.shape[:-2].numel(), *x.shape[-2:]) if x.dim() > 1 else x.view(1, 1, -1)
         routing = self.router(x_BSD, previous_logits)
         x_TD = to_autocast(x_BSD.flatten(0, 1))
         if self.moe.scale_expert_input != 1.0:

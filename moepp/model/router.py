@@ -127,7 +127,7 @@ class Router(nn.Module):
             gates_TK = self.gates(scores_TE, experts_TK)
             kept_TK = None
             if moe.capacity_factor is not None and self.training:
-                kept_TK = balance.within_capacity(experts_TK.view(*x_BSD.shape[:2], -1), moe).flatten(0, 1)
+                kept_TK = balance.within_capacity(experts_TK.view(*x_BSD.shape[:2], moe.top_k), moe).flatten(0, 1)
                 gates_TK = gates_TK * kept_TK
         return Routing(logits_TE, experts_TK, gates_TK, scores_TE, kept_TK, moe)
 

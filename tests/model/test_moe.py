@@ -191,6 +191,20 @@ def test_single_token_and_leading_dimensions(backend: None) -> None:
     torch.testing.assert_close(layer(x.view(2, 3, D))[0], y.view(2, 3, D))
 
 
+@pytest.mark.parametrize("shape", [(0, D), (2, 0, D), (0, 3, D), (2, 0, 3, D)])
+@pytest.mark.parametrize(
+    "options", [{}, {"capacity_factor": 1.1}, {"n_zero": 0, "n_copy": 0, "n_const": 0}], ids=str
+)
+def test_of_no_token_nothing_is_made(backend: None, shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    layer, _, _ = make(MoEConfig(**options), 6)
+    x = torch.empty(shape, dtype=torch.float64, requires_grad=True)
+    y, routing = layer(x)
+    assert y.shape == shape
+    assert routing.experts.shape == (0, 2)
+    y.sum().backward()
+    assert all(not parameter.grad.any() for parameter in layer.parameters() if parameter.grad is not None)
+
+
 def test_gradcheck(backend: None) -> None:
     layer, x, previous = make(
         MoEConfig(n_ffn=3, n_zero=1, n_copy=1, n_const=2, top_k=2, router_depth=2), 5, seed=3
