@@ -34,11 +34,8 @@ def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
     Raises:
         InputError: there are more or fewer targets than tokens.
     """
-    n = len(hidden_ND)
-    require(len(targets_N) == n, "targets", len(targets_N), f"must be as many as {n} tokens")
     hidden_ND, weight_VD = to_autocast(hidden_ND), to_autocast(weight_VD)
-    softmax = compiled() if compile else nll_and_gradient
-    return LinearLoss.apply(hidden_ND, weight_VD, lambda logits, rows: softmax(logits, targets_N[rows, None]))
+    return LinearLoss.apply(hidden_ND, weight_VD, nll_of(targets_N, len(hidden_ND), compile))
 
 
 def linear_distillation(
@@ -56,14 +53,17 @@ def linear_distillation(
 
     T² keeps the gradient's size whatever T is. The widths of the two need not be equal; gradients reach the
     student alone. Returns three scalars: the loss, and without gradient its cross-entropy and its T² · KL.
+
+    Raises:
+        InputError: there are more or fewer targets than tokens.
     """
     hidden_ND, weight_VD = to_autocast(hidden_ND), to_autocast(weight_VD)
     teacher_ND, teacher_VD = to_autocast(teacher_ND), to_autocast(teacher_VD)
-    softmax = compiled() if compile else nll_and_gradient
+    nll_and_its_gradient = nll_of(targets_N, len(hidden_ND), compile)
     parts_2 = hidden_ND.new_zeros(2, dtype=torch.promote_types(hidden_ND.dtype, torch.float32))
 
     def loss_and_gradient(logits_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        nll, grad_of_nll_CV = softmax(logits_CV.clone(), targets_N[rows, None])
+        nll, grad_of_nll_CV = nll_and_its_gradient(logits_CV.clone(), rows)
         kl, grad_CV = kl_and_gradient(logits_CV, teacher_ND[rows] @ teacher_VD.T, temperature)
         parts_2.add_(torch.stack((nll, kl)))
         return (1 - share) * nll + share * kl, grad_CV.mul_(share).add_(grad_of_nll_CV, alpha=1 - share)
@@ -71,6 +71,13 @@ def linear_distillation(
     loss = LinearLoss.apply(hidden_ND, weight_VD, loss_and_gradient)
     cross_entropy, kl = parts_2 / len(hidden_ND)
     return loss, cross_entropy, kl
+
+
+def nll_of(targets_N: Tensor, n_tokens: int, compile: bool) -> LossAndGradient:
+    """The cross-entropy with these targets; the gradient takes the logits' place."""
+    require(len(targets_N) == n_tokens, "targets", len(targets_N), f"must be as many as {n_tokens} tokens")
+    softmax = compiled() if compile else nll_and_gradient
+    return lambda logits_CV, rows: softmax(logits_CV, targets_N[rows, None])
 
 
 @torch.no_grad()

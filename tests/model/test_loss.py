@@ -53,6 +53,8 @@ def test_distillation_equals_the_divergence_of_the_logits(
     actual, *parts = loss.linear_distillation(hidden, weight, targets, teacher, head, share, temperature)
     agree(actual, (1 - share) * cross_entropy + share * divergence, hidden, weight)
     torch.testing.assert_close(torch.stack(parts), torch.stack([cross_entropy, divergence]).detach())
+    with pytest.raises(InputError, match="targets: must be as many as 20 tokens, got 19"):
+        loss.linear_distillation(hidden, weight, targets[1:], teacher, head, share, temperature)
     itself = hidden.detach(), weight.detach()
     _, _, same = loss.linear_distillation(hidden, weight, targets, *itself, share, temperature)
     assert same.item() == pytest.approx(0, abs=1e-12)
