@@ -38,4 +38,5 @@ def with_balance(decoder: nn.Module, theirs: Callable[..., Tensor], *args: Any, 
     if not decoder.training:
         return loss
     beta = next(block.moe for block in decoder.modules() if isinstance(block, SwappedBlock)).balance_weight
-    return loss + beta * share_of_step(*args[1:2], **kwargs) * balance_loss(decoder)
+    labels = args[1:2]  # or by name, among the others
+    return loss + beta * share_of_step(*labels, **kwargs) * balance_loss(decoder)

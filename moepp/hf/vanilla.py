@@ -37,10 +37,10 @@ def vanilla(layer: nn.Module, where: str) -> dict[str, Any]:
     if getattr(block, "jitter_noise", 0):
         raise InputError(f"{where}: router_jitter_noise={block.jitter_noise} is not supported")
     weight_FD = block.gate.weight
-    x_TD = torch.randn(N_PROBES, weight_FD.shape[1], generator=torch.Generator().manual_seed(0)).to(weight_FD)
-    x_TD[0] = 0  # all scores are equal: gates of 1/K are renormalised, those of 1/F are not
     if weight_FD.is_meta:
         raise InputError(f"{where}: it has no weights yet, they are on the meta device")
+    x_TD = torch.randn(N_PROBES, weight_FD.shape[1], generator=torch.Generator().manual_seed(0)).to(weight_FD)
+    x_TD[0] = 0  # all scores are equal: gates of 1/K are renormalised, those of 1/F are not
     try:
         logits_TF, gates_TK, experts_TK = block.gate(x_TD)
     except TypeError as error:  # our own exported models' want the logits of the layer before

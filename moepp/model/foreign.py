@@ -29,6 +29,7 @@ class Family:
     qk_norm: str = "none"
     renormalize: bool | None = True  # None: as norm_topk_prob says, which is False where it is not said
     rope_theta: float = 1e4  # where config.json does not say
+    switches_window: bool = False  # by use_sliding_window, which the others do not read
     expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     must_be: dict[str, Any] = field(default_factory=dict)  # key: what it is where it says nothing of interest
 
@@ -39,6 +40,7 @@ FAMILIES = {
         intermediate_size="moe_intermediate_size",
         qk_norm="head",
         renormalize=None,
+        switches_window=True,
         must_be={"decoder_sparse_step": 1, "mlp_only_layers": [], "shared_expert_intermediate_size": 0},
     ),
     "olmoe": Family(qk_norm="width", renormalize=None, must_be={"clip_qkv": None}),
@@ -103,7 +105,7 @@ def configurations(config: dict[str, Any], path: Path) -> tuple[Family, Transfor
 def require_supported(config: dict[str, Any], rope: dict[str, Any], family: Family) -> None:
     """Raise an InputError for what the config asks for and our model cannot do."""
     context, window = config.get("max_position_embeddings"), config.get("sliding_window")
-    windowed = config["model_type"] != "qwen3_moe" or config.get("use_sliding_window", True)
+    windowed = not family.switches_window or config.get("use_sliding_window", True)
     rules = {
         "hidden_act": config.get("hidden_act", "silu") == "silu",
         "attention_bias": not config.get("attention_bias"),

@@ -262,7 +262,7 @@ def test_evaluation_leaves_it_as_it_is() -> None:
     model = Transformer(SIZES, MoEConfig(ffn_budget=1.2)).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model(torch.randint(50, (2, 32)))
-    assert_same(dict(model.state_dict()), before)
+    assert_same(model.state_dict(), before)
     assert {"budget.quantiles_LQ", "budget.steps", "blocks.0.moe.router.choice_bias"} <= set(before)
 
 
