@@ -1,6 +1,9 @@
 """Several devices: Lightning's strategies, with a time limit, and one that shards the model (FSDP2)."""
 
+import os
 import re
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -9,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
 
@@ -19,6 +23,7 @@ from moepp.training import shards
 from moepp.training.checkpoint import read_rest, write_checkpoint
 
 TIME_LIMIT = timedelta(minutes=10)  # how long a device is waited for
+LOST = "moepp: the devices lost each other: one ended{} ({}); --ckpt_path=last goes on"
 SHARDED = "fsdp2"  # --trainer.strategy
 
 
@@ -48,6 +53,7 @@ def naming_lost_device(strategy: Strategy) -> Iterator[None]:
         SystemExit: with one line.
     """
     strategy._timeout = TIME_LIMIT  # type: ignore[attr-defined]  # Lightning's are 30 minutes, whoever chose them
+    _ChildProcessObserver._terminate_all = end_after_a_child  # type: ignore[method-assign, assignment]
     try:
         yield
     except RuntimeError as error:  # NCCL's and the store's are dist.DistError, gloo's are not
@@ -57,10 +63,21 @@ def naming_lost_device(strategy: Strategy) -> Iterator[None]:
             raise
         for process in getattr(strategy.launcher, "procs", []):  # that this one has started, and that wait for it
             process.kill()
-        raise SystemExit(
-            "moepp: the devices lost each other: one ended, cannot be reached, or was waited for longer than "
-            f"{TIME_LIMIT.total_seconds() / 60:g} minutes ({reason[:200]}); --ckpt_path=last goes on"
-        ) from error
+        minutes = TIME_LIMIT.total_seconds() / 60
+        others = f", cannot be reached, or was waited for longer than {minutes:g} minutes"
+        raise SystemExit(LOST.format(others, reason[:200])) from error
+
+
+def end_after_a_child(observer: _ChildProcessObserver, grace: float = 20.0) -> None:
+    """Ends this process, one of whose children has died. Lightning's own does it at once and without a word; here
+    it has `grace` seconds to say itself what broke, as it does unless it waits for an answer through NCCL."""
+    codes = {child.pid: child.returncode for child in observer._child_processes if child.returncode}
+    for child in observer._child_processes:
+        child.kill()
+    time.sleep(grace)
+    reason = ", ".join(f"process {pid}: exit code {code}" for pid, code in codes.items())
+    print(LOST.format("", reason), file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 class Agreement:

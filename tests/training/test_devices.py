@@ -332,11 +332,28 @@ class TestTwoProcesses:
         raise AssertionError("the second process goes on")
 
     def test_a_dead_one_ends_the_other_in_one_line(self, text_file: Path, workdir: Path) -> None:
-        pair = Pair(text_file, "--trainer.strategy=fsdp2")
+        """Also on a machine slow enough for Lightning to see it, which looks every five seconds."""
+        slow = "import time\nfrom lightning import Trainer\nfrom moepp.cli import main\n"
+        slow += "Trainer._teardown = lambda trainer: time.sleep(6)"
+        pair = Pair(text_file, "--trainer.strategy=fsdp2", script=slow)
         os.kill(pair.second, signal.SIGKILL)
         code, errors = pair.end()
         assert code == 1
         assert re.fullmatch("moepp: the devices lost each other.*\n", errors)
+
+    def test_a_dead_one_that_no_collective_misses(self) -> None:
+        """As NCCL's do not, until their time is over."""
+        script = """import subprocess, time
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from moepp.training.devices import end_after_a_child
+_ChildProcessObserver._terminate_all = lambda observer: end_after_a_child(observer, grace=0.1)
+children = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+children[1].kill()
+_ChildProcessObserver(0, children, sleep_period=0).start()
+time.sleep(60)"""
+        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
+        assert ended.returncode == 1
+        assert re.search(r"\nmoepp: the devices lost each other.*process \d+: exit code -9.*\n$", ended.stderr)
 
     def test_a_port_that_is_taken(self, text_file: Path, workdir: Path, alone: dict[int, Path]) -> None:
         """Also where a run goes on; and no process is left that waits for the first."""
