@@ -15,7 +15,18 @@ from .config import MoEConfig, TransformerConfig
 from .errors import InputError
 from .router import routers
 from .transformer import Transformer
-from .weights import KEYS, FolderTensors, Parts, dense_names, fill, naming, read_json, save_shards, taken_apart
+from .weights import (
+    KEYS,
+    FolderTensors,
+    Parts,
+    complete,
+    dense_names,
+    fill,
+    naming,
+    read_json,
+    save_shards,
+    taken_apart,
+)
 
 MODEL_TYPE = "moepp"
 BUDGET = "model.budget."  # its buffers, which the code in the folder has no use for
@@ -37,7 +48,7 @@ def load_hub(folder: str | Path) -> Transformer:
     transformer, moe = read_config(folder)
     model = Transformer(transformer, moe)
     tensors = FolderTensors(folder)
-    fill(model, tensors, tensor_names(transformer, moe))
+    fill(model, tensors, complete(model, tensor_names(transformer, moe)))
     for name, buffer in buffers(model):
         if name.startswith(BUDGET) and name not in tensors:
             continue  # transformers does not write it; the model keeps to the budget that it has
@@ -52,7 +63,7 @@ def export_hub(model: Transformer, folder: str | Path, **more: Any) -> None:
     """Write `config.json`, with the keys of `more` as well, and `.safetensors`. The code that `auto_map` names is
     for the caller to put beside them (training/hub_folder.py)."""
     folder, config = Path(folder), model.config
-    tensors = taken_apart(model, tensor_names(config, model.moe_config))
+    tensors = taken_apart(model, complete(model, tensor_names(config, model.moe_config)))
     tensors |= dict(buffers(model))
     folder.mkdir(parents=True, exist_ok=True)
     save_shards(tensors, folder)

@@ -15,7 +15,18 @@ import torch
 from .config import MoEConfig, TransformerConfig
 from .errors import InputError
 from .transformer import Transformer
-from .weights import KEYS, FolderTensors, Parts, dense_names, fill, naming, read_json, save_shards, taken_apart
+from .weights import (
+    KEYS,
+    FolderTensors,
+    Parts,
+    complete,
+    dense_names,
+    fill,
+    naming,
+    read_json,
+    save_shards,
+    taken_apart,
+)
 
 # nothing else fits the format
 HELD: dict[str, Any] = {"n_zero": 1, "n_copy": 1, "n_const": 2, "top_k": 2}
@@ -41,7 +52,7 @@ def load_released(folder: str | Path) -> Transformer:
     folder = Path(folder)
     transformer, moe = read_config(folder)
     model = Transformer(transformer, moe)
-    fill(model, FolderTensors(folder), tensor_names(transformer, moe))
+    fill(model, FolderTensors(folder), complete(model, tensor_names(transformer, moe)))
     return model.eval()
 
 
@@ -53,7 +64,8 @@ def export_released(model: Transformer, folder: str | Path) -> None:
     """
     folder = Path(folder)
     config = write_config(model.config, model.moe_config)
-    tensors = taken_apart(model, tensor_names(model.config, model.moe_config), STACKED)
+    names = complete(model, tensor_names(model.config, model.moe_config))
+    tensors = taken_apart(model, names, STACKED)
     E = model.moe_config.n_experts
     for i in range(model.config.n_layers):  # no gating residual is a residual of zero; layer 0's is never used
         tensors.setdefault(f"model.layers.{i}.mlp.moe.gate.gate_map.weight", torch.zeros(E, E))

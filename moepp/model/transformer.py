@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import attend
 from .budget import Budget
 from .config import MoEConfig, TransformerConfig, require
-from .counts import require_memory
+from .counts import count_parameters, require_memory
 from .errors import InputError
 from .init import draw_seed, init_parameters
 from .moe import MoELayer
@@ -130,6 +130,8 @@ class Transformer(nn.Module):
             self.register_buffer("rope_2Sd", rope_table(config), persistent=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
+        held = sum(parameter.numel() for parameter in self.parameters())
+        assert held == count_parameters(config, moe).total, "counts.py does not count what this model holds"
         self.checkpoint_activations = False  # compute the blocks' activations a second time in backward
         if device.type != "meta":
             self.materialize(device)

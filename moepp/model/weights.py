@@ -156,6 +156,19 @@ def dense_names(config: TransformerConfig) -> Iterator[tuple[str, Parts]]:
                 yield f"{ours}.attention.{part}_norm.weight", [[f"{theirs}.self_attn.{part}_norm.weight"]]
 
 
+def complete(model: nn.Module, names: Iterable[tuple[str, Parts]]) -> Iterable[tuple[str, Parts]]:
+    """`names`, which have to be those of all that the model holds.
+
+    Raises:
+        InputError: there is none for a parameter, which would be lost, or left as it was drawn.
+    """
+    named = dict(names)
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and name not in named:
+            raise InputError(f"{name}: this format has no tensor for it (`tensor_names`)")
+    return named.items()
+
+
 def taken_apart(
     model: nn.Module, names: Iterable[tuple[str, Parts]], stacked: tuple[str, ...] = ()
 ) -> dict[str, Tensor]:

@@ -2,13 +2,23 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moepp.model import InputError, MoEConfig, Transformer, TransformerConfig, export_released, load_released
+from moepp.model import (
+    InputError,
+    MoEConfig,
+    Transformer,
+    TransformerConfig,
+    export_hub,
+    export_released,
+    load_hub,
+    load_released,
+)
 from tests.conftest import assert_same
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -62,6 +72,29 @@ def test_what_the_format_cannot_hold(tmp_path: Path, moe: MoEConfig, message: st
     with pytest.raises(InputError, match=message):
         export_released(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_parameter_that_the_formats_do_not_know(tmp_path: Path) -> None:
+    """As of an expert of one's own: it would be lost in silence, or be left as it was drawn."""
+    model = Transformer(TransformerConfig(64, 1, 16, 24, 2), MoEConfig())
+    model.blocks[0].moe.register_parameter("scales", torch.nn.Parameter(torch.ones(2)))
+    for export in (export_released, export_hub):
+        with pytest.raises(InputError, match=r"blocks\.0\.moe\.scales: this format has no tensor for it"):
+            export(model, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("module", ["released", "hub"])
+def test_a_parameter_that_the_formats_do_not_read(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export, load = {"released": (export_released, load_released), "hub": (export_hub, load_hub)}[module]
+    export(Transformer(TransformerConfig(64, 1, 16, 24, 2), MoEConfig()), tmp_path)
+    names = sys.modules[f"moepp.model.{module}"].tensor_names
+    fewer = lambda *sizes: [pair for pair in names(*sizes) if "mix" not in pair[0]]  # noqa: E731
+    monkeypatch.setattr(f"moepp.model.{module}.tensor_names", fewer)
+    with pytest.raises(InputError, match=r"zero_computation\.mix: this format has no tensor for it"):
+        load(tmp_path)
 
 
 def test_bin_shards(tmp_path: Path) -> None:

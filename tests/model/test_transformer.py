@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from moepp.model import (
     count_parameters,
     mean_load_balance_loss,
 )
+from moepp.model.transformer import Block
 
 TINY = TransformerConfig(64, n_layers=3, hidden_size=16, intermediate_size=24, n_heads=4, context_length=12)
 VANILLA = MoEConfig(n_zero=0, n_copy=0, n_const=0, gating_residual=False)
@@ -115,6 +118,19 @@ def test_parameter_count(moe: MoEConfig, options: dict) -> None:
     assert count.total == sum(p.numel() for p in model.parameters())
     assert count.ffn_experts == sum(p.numel() for name, p in model.named_parameters() if ".ffn." in name)
     assert count.active(moe.n_ffn) == count.total
+
+
+def test_a_parameter_that_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of an expert of one's own: comparisons would be by a count without it."""
+
+    class Scaled(Block):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            self.scales = torch.nn.Parameter(torch.empty(2))
+
+    monkeypatch.setattr("moepp.model.transformer.Block", Scaled)
+    with pytest.raises(AssertionError, match=r"counts\.py does not count"):
+        build(MoEConfig())
 
 
 def test_context_longer_than_the_model() -> None:
