@@ -288,7 +288,8 @@ class LitMoE(L.LightningModule):
         for key, old, new in differing(configs_in(saved), (self.transformer, self.moe)):
             other_budget = key == "model.moe.ffn_budget" and None not in (old, new)
             if key.rpartition(".")[2] not in FREE_TO_CHANGE and not other_budget:
-                raise InputError(f"{key}: is {new}, the checkpoint's is {old}")
+                its = f"the checkpoint's is {old}; --config with the config.yaml of its run has all of its options"
+                raise InputError(f"{key}: is {new}, {its}")
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         meta = data.files.meta
         if saved["tokenizer"] != data.files.tokenizer_json:

@@ -144,7 +144,7 @@ def test_checkpoints(text_file: Path, workdir: Path, capsys) -> None:
     assert main(["fit", *tiny(text_file), "--trainer.max_steps=2"]) == 0
     good = "runs/moepp/1/checkpoints/step-00000002.ckpt"
     message = refused(capsys, "fit", *tiny(text_file), "--model.moe.n_ffn=4", f"--ckpt_path={good}")
-    assert "model.moe.n_ffn: is 4, the checkpoint's is 8" in message
+    assert "model.moe.n_ffn: is 4, the checkpoint's is 8; --config with the config.yaml of its run" in message
     assert "hidden_size" in refused(
         capsys, "fit", *tiny(text_file), "--model.transformer.hidden_size=64", f"--ckpt_path={good}"
     )
