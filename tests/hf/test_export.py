@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 
 from moepp.cli import main
 from moepp.model import MoEConfig, Transformer, TransformerConfig, mean_load_balance_loss, weights
-from moepp.model.hub import export_hub, load_hub, tensor_names
+from moepp.model.hub import export_hub, load_hub, tensor_names, write_config
 from moepp.model.router import routers
 from moepp.text.tokenizer import train_tokenizer
 from moepp.training.checkpoint import checkpoint_of, load, write_checkpoint
@@ -225,6 +225,12 @@ def test_balance_counts_neither_padding_nor_what_other_micro_batches_have(export
     torch.testing.assert_close(half.loss, alone.loss / 2)
     unsaid = model(batch, attention_mask=mask, labels=labels, num_items_in_batch=None, shift_labels=None)
     torch.testing.assert_close(unsaid.loss, alone.loss)
+
+
+def test_the_exported_code_knows_every_option() -> None:
+    """One that it does not know it takes and leaves out. `balance_over` is of training on several devices."""
+    written = write_config(SIZES, MoEConfig()).keys() - {"auto_map", "balance_over"}
+    assert written <= hf.MoeppConfig().to_dict().keys()
 
 
 def test_new_weights_are_drawn_as_ours() -> None:
