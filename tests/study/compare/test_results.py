@@ -157,6 +157,18 @@ def test_the_report_takes_sides_only_where_the_interval_excludes_zero(tmp_path: 
     assert "| prose |" in text
     assert "Not measured: vanilla has no finished run with a checkpoint." in text
     assert "\n\n\n" not in text
+    assert "paper |" not in text
+
+
+def test_the_papers_figures_have_a_column_where_a_matrix_has_some(tmp_path: Path) -> None:
+    variants = [variant("vanilla", VANILLA), replace(variant("moepp", VANILLA), paper={"accuracy": {"1B": 47.2}})]
+    runs = [write_run(Run(v, 0, tmp_path / v.name), 5.0, 2.0, (6.0, 5.0)) for v in variants]
+    results = read_results(Matrix(Path("m.yaml"), variants, variants[0], {}), runs, Search([], {}), {})
+    text = markdown(results, runs, Search([], {}), [], [], "moepp ablate")
+    header, dashes, vanilla, moepp = text.partition("equal tokens\n\n")[2].splitlines()[:4]
+    assert header.endswith("| verdict | paper |")
+    assert (vanilla.split("|")[-2].strip(), moepp.split("|")[-2].strip()) == ("", "1B: 47.2")
+    assert len({line.count("|") for line in (header, dashes, vanilla, moepp)}) == 1
 
 
 def test_a_strict_comparison_is_of_the_two_that_cost_the_same(tmp_path: Path) -> None:
