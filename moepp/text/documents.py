@@ -47,7 +47,7 @@ def open_source(path: str) -> Source:
 
     Args:
         path: a corpus list (`.yaml`), a file (`.txt`, `.md`, `.jsonl`, also `.gz` or `.zst`), a folder of such
-            files, or `hf:owner/name` (`hf:owner/name:configuration`).
+            files, or `hf:owner/name` (`hf:owner/name:configuration`; a folder of Parquet files is `hf:folder`).
 
     Raises:
         InputError: nothing there, or nothing that can be read as text.
@@ -90,7 +90,8 @@ def open_hub(path: str) -> Source:
     import datasets  # few have it
 
     dataset, _, configuration = path.removeprefix("hf:").partition(":")
-    name = dataset.rsplit("/", 1)[-1]
+    name = dataset.rstrip("/").rsplit("/", 1)[-1]
+    local = [(file, file.stat()) for file in sorted(Path(dataset).rglob("*")) if file.is_file()]
 
     def documents() -> Iterator[Document]:
         go_offline_without_a_network()
@@ -106,7 +107,8 @@ def open_hub(path: str) -> Source:
                 f"cannot read {path}: {reason} (without a network give a file or a folder of text)"
             ) from error
 
-    return Source(name, {"hub": path}, None, documents)
+    files = [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in local]
+    return Source(name, {"hub": path, "files": files} if files else {"hub": path}, None, documents)
 
 
 def open_folder(root: Path) -> Source:
@@ -151,7 +153,7 @@ def text_files(root: Path) -> list[Path]:
         if is_text_file(file) and not any(p.startswith(".") for p in file.relative_to(root).parts)
     ]
     if not files:
-        raise InputError(f"{root} holds no {TEXT_FILES}")
+        raise InputError(f"{root} holds no {TEXT_FILES}; of Parquet files it is hf:{root}")
     if odd := [file for file in files if HALF_PAIR.search(str(file))]:
         raise InputError(f"{str(odd[0])!r} is a name that is not UTF-8: rename it")
     return files

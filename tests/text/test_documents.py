@@ -211,6 +211,20 @@ def test_hub_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_a_folder_of_parquet_is_a_data_set_too(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path / "stories"
+    folder.mkdir()
+    datasets.Dataset.from_dict({"text": ["one", "two"]}).to_parquet(folder / "a.parquet")
+    with pytest.raises(InputError) as error:
+        documents(folder)
+    one_line(error, f"of Parquet files it is hf:{folder}")
+    source = open_source(f"hf:{folder}/")
+    assert list(source.documents()) == [("stories", "one"), ("stories", "two")]
+    datasets.Dataset.from_dict({"text": ["three"]}).to_parquet(folder / "b.parquet")
+    assert open_source(f"hf:{folder}/").fingerprint != source.fingerprint
+
+
 def test_hub_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def load_dataset(*_: object, **__: object) -> None:
         raise ConnectionError("no\nroute")
