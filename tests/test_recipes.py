@@ -18,7 +18,6 @@ MATRICES = {
     "convert.yaml",
     "frontier.yaml",
     "more_compute.yaml",
-    "again.yaml",
     "precision.yaml",
 }  # of recipes; tests/study has their tests
 NAMES = sorted({str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml")} - MATRICES)
