@@ -77,8 +77,13 @@ def rank_of(rank: int, n: int, folder: str, work: Callable[..., Any], at: Settin
         at = replace(at, device=torch.device("cuda", rank))
         torch.cuda.set_device(at.device)
     dist.init_process_group("nccl" if on_gpu else "gloo", f"file://{folder}/meet", rank=rank, world_size=n)
-    Path(folder, f"{rank}").write_bytes(pickle.dumps(work(at, *more)))
-    dist.barrier()
+    try:
+        Path(folder, f"{rank}").write_bytes(pickle.dumps(work(at, *more)))
+        dist.barrier()
+    except RuntimeError as error:
+        if "by peer" in str(error):  # gloo's connection to a rank that is gone: which shall be heard first
+            time.sleep(10)
+        raise
     dist.destroy_process_group()
 
 
