@@ -91,7 +91,7 @@ def open_hub(path: str) -> Source:
 
     dataset, _, configuration = path.removeprefix("hf:").partition(":")
     name = dataset.rstrip("/").rsplit("/", 1)[-1]
-    local = [(file, file.stat()) for file in sorted(Path(dataset).rglob("*")) if file.is_file()]
+    files = [state_of(file) for file in sorted(Path(dataset).rglob("*")) if file.is_file()]  # of a local folder
 
     def documents() -> Iterator[Document]:
         go_offline_without_a_network()
@@ -107,7 +107,6 @@ def open_hub(path: str) -> Source:
                 f"cannot read {path}: {reason} (without a network give a file or a folder of text)"
             ) from error
 
-    files = [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in local]
     return Source(name, {"hub": path, "files": files} if files else {"hub": path}, None, documents)
 
 
@@ -128,8 +127,8 @@ def open_folder(root: Path) -> Source:
 
 
 def open_files(name: str, files: list[tuple[str, Path]]) -> Source:
-    stats = [file.stat() for _, file in files]
-    size = sum(stat.st_size for stat in stats)
+    states = [state_of(file) for _, file in files]
+    size = sum(size for _, size, _ in states)
     # a short text alone must still be cut, or nothing of it could be held out for validation
     piece = PIECE if len(files) > 1 else min(PIECE, max(1024, size // 50))
 
@@ -138,11 +137,14 @@ def open_files(name: str, files: list[tuple[str, Path]]) -> Source:
             for text in read_file(file, piece):
                 yield domain, text
 
-    found = [
-        [domain, str(file.resolve()), stat.st_size, stat.st_mtime_ns]
-        for (domain, file), stat in zip(files, stats, strict=True)
-    ]
+    found = [[domain, *state] for (domain, _), state in zip(files, states, strict=True)]
     return Source(name, {"files": found}, size, documents)
+
+
+def state_of(file: Path) -> list[Any]:
+    """Path, bytes, and time of the last change: what is asked instead of reading a file."""
+    stat = file.stat()
+    return [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
 
 
 def text_files(root: Path) -> list[Path]:

@@ -75,7 +75,7 @@ def markdown(
         matrix=results.matrix,
         reference=results.matrix.reference.name,
         rows=rows,
-        quantities={column.partition("/")[0] for column in results.variants},
+        quantities={quantity for variant in results.matrix.variants for quantity in variant.paper},
         val_part=results.matrix.reference.options["data"]["val_part"],
         trials=results.trials.to_dict("records"),
         tuning=results.trials.sum(numeric_only=True),
