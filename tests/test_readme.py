@@ -10,20 +10,22 @@ import pytest
 import torch
 
 import moepp
-from moepp.cli import VERBS
+from moepp.cli import VERBS, main
 from moepp.training.lightning_cli import resolve
 from tests.conftest import RECIPES
 
 ROOT = RECIPES.parent
-BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-COMMANDS = sorted(
-    {
-        line.partition(" #")[0].strip()
-        for language, block in BLOCKS
-        for line in block.splitlines()
-        if language == "bash" and line.startswith("make ")
-    }
-)
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, re.DOTALL)
+LINES = {
+    line.partition(" #")[0].strip()
+    for language, block in BLOCKS
+    for line in block.replace("\\\n", "").splitlines()
+    if language == "bash"
+}
+COMMANDS = sorted(line for line in LINES if line.startswith("make "))
+IN_WORDS = {inline.replace("…", "x.ckpt") for inline in re.findall(r"`(moepp \w+ [^`]*--[^`]+)`", README)}
+VERB_COMMANDS = sorted({line for line in LINES if line.startswith("moepp ")} | IN_WORDS)
 
 
 def moepp_arguments(make: str) -> list[str]:
@@ -76,6 +78,19 @@ def test_a_command_of_the_readme_is_one(command: str) -> None:
     if verb == "fit" and "--ckpt_path" not in options:
         path = options.index("--config") + 1
         resolve([*options[:path], str(ROOT / options[path]), *options[path + 1 :]])
+
+
+@pytest.mark.parametrize("command", VERB_COMMANDS)
+def test_a_verb_of_the_readme_lacks_nothing_but_its_files(
+    command: str, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workdir / "recipes").symlink_to(RECIPES)
+    try:
+        code = main(shlex.split(command)[1:])
+    except SystemExit as end:  # how --print_config ends
+        code = end.code
+    lacks = re.search("does not exist|has no config.json|has no checkpoint", capsys.readouterr().err)
+    assert code == 0 or lacks
 
 
 def test_the_code_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
