@@ -1,5 +1,6 @@
 """The plots of a study: each shows columns of its results, or is left out where there is too little to show."""
 
+from collections.abc import Callable
 from itertools import cycle
 from typing import Any
 
@@ -67,66 +68,61 @@ def constants(results: Results) -> plt.Figure | None:
     axes.plot(points["loss_difference"], color=GREY, linewidth=1, zorder=1)
     for n_const, row in points.iterrows():
         loss_difference(axes, n_const, row)
-    reference = results.matrix.reference.name
     axes.axhline(0, color=BLACK, linewidth=1, linestyle="--")
     axes.set_xticks(points.index)
     axes.set_xlabel(f"constant experts\n{LEGEND}")
-    axes.set_ylabel(f"validation loss minus {reference}'s\n(nats per token; lower is better)")
+    axes.set_ylabel(above_reference(results))
     return figure
 
 
 def compute(results: Results) -> plt.Figure | None:
     """Loss relative to the reference's against FFN experts per token, and against the experts' measured speed."""
-    points = results.shown_in("compute")
-    points = points[points["speed_rounds"] > 0]
-    if len(points) < 2:
-        return None
-    figure, (by_ffn, by_speed) = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
-    for axes, x in ((by_ffn, "ffn_experts_per_token"), (by_speed, "speed_expert_forward")):
-        for colour, (name, row) in zip(cycle(COLOURS), points.iterrows(), strict=False):
-            mean, low, high = (row[f"loss_difference{part}"] for part in PAIRED[:3])
-            if row["loss_difference_verdict"] == REFERENCE:
-                mean = low = high = 0.0
-            style: dict[str, Any] = {"color": colour, "fmt": "o", "capsize": 3, "label": name}
-            interval_bars(axes, row[x], mean, low, high, **style)
-        axes.axhline(0, color=BLACK, linewidth=1, linestyle="--")
-    reference = results.matrix.reference.name
-    by_ffn.set_xlabel("FFN experts per token (left is cheaper)")
-    by_ffn.set_ylabel(f"validation loss minus {reference}'s\n(nats per token; lower is better)")
-    by_speed.set_xlabel("speed-up of the experts' forward (right is faster)")
-    by_ffn.legend()
-    return figure
+    costs = {
+        "ffn_experts_per_token": "FFN experts per token (left is cheaper)",
+        "speed_expert_forward": "speed-up of the experts' forward (right is faster)",
+    }
+    return by_cost(results, "compute", costs, line_of=str)
 
 
 def frontier(results: Results) -> plt.Figure | None:
     """Loss relative to the reference's against what it cost, in three ways. A line joins what has the same name
     before its first _."""
-    points = results.shown_in("frontier")
-    points = points[points["speed_rounds"] > 0]
-    if len(points) < 2:
-        return None
     costs = {
         "ffn_flops_per_token": "FFN FLOPs per token, forward",
         "training_flops": "training FLOPs in all",
         "speed_training_time": f"training time over {results.matrix.reference.name}'s (measured)",
     }
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4.4), sharey=True)
+    return by_cost(results, "frontier", costs, line_of=lambda name: name.partition("_")[0])
+
+
+def by_cost(
+    results: Results, plot: str, costs: dict[str, str], line_of: Callable[[str], str]
+) -> plt.Figure | None:
+    """A panel for each column of `costs`, column → label. Variants with the same `line_of` are joined."""
+    points = results.shown_in(plot)
+    points = points[points["speed_rounds"] > 0]
+    if len(points) < 2:
+        return None
+    figure, panels = plt.subplots(1, len(costs), figsize=(1 + 4 * len(costs), 4.4), sharey=True)
     for axes, (cost, label) in zip(panels, costs.items(), strict=True):
-        lines = points.sort_values(cost).groupby(lambda name: name.partition("_")[0], sort=False)
+        lines = points.sort_values(cost).groupby(line_of, sort=False)
         for colour, (name, line) in zip(cycle(COLOURS), sorted(lines, key=lambda line: line[0]), strict=False):
             of_itself = line["loss_difference_verdict"] == REFERENCE
             mean = line["loss_difference"].mask(of_itself, 0.0)  # else there is none where no seed is in common
             low, high = (line[f"loss_difference{part}"].fillna(mean) for part in PAIRED[1:3])
             style: dict[str, Any] = {"color": colour, "marker": "o", "capsize": 3, "label": name}
             interval_bars(axes, line[cost], mean, low, high, **style)
+        axes.axhline(0, color=BLACK, linewidth=1, linestyle="--")
         axes.set_xlabel(label)
         if "flops" in cost:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    panels[0].set_ylabel(
-        f"validation loss minus {results.matrix.reference.name}'s\n(nats per token; lower is better)"
-    )
+    panels[0].set_ylabel(above_reference(results))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     return figure
+
+
+def above_reference(results: Results) -> str:
+    return f"validation loss minus {results.matrix.reference.name}'s\n(nats per token; lower is better)"
 
 
 def loss_difference(axes: Axes, at: Any, row: pd.Series, horizontal: bool = False) -> None:
