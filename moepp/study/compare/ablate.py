@@ -58,21 +58,21 @@ def run(verb: str, arguments: list[str]) -> None:
     options, overrides = Options().parse_own(arguments)
     contents = read_matrix(options.matrix)
     versions = [name for name in ("tune", "quick") if getattr(options, name)]
-    settings = {"seeds": 3, "jobs": 1, "part_of_steps": 1.0} | contents
+    settings = {"seeds": 3, "jobs": 1, "part_of_steps": 1.0, "seeds_of_a_try": 1} | contents
     for name in versions:
         if name not in contents:
             raise InputError(f"{name}: {options.matrix} says nothing of it, as recipes/compare.yaml does")
         settings |= contents[name]
     settings |= {name: value for name in ("seeds", "jobs") if (value := getattr(options, name)) is not None}
-    for name in ("seeds", "jobs"):
+    for name in ("seeds", "jobs", "seeds_of_a_try"):
         if not isinstance(settings[name], int) or not 1 <= settings[name] <= MOST:
             raise InputError(f"{name}: must be from 1 to {MOST}, got {settings[name]}")
     base = options.base or options.matrix.parent / str(settings.get("base"))
     out = options.out or Path("runs") / "-".join([options.matrix.stem, *versions])
     matrix = resolve(options.matrix, settings, base, overrides, out)
-    to_tune, part_of_steps = settings["options"] if options.tune else {}, settings["part_of_steps"]
+    to_tune = settings["options"] if options.tune else {}, settings["part_of_steps"], settings["seeds_of_a_try"]
     # as far as they are known: what is not finished is checked, not run
-    tries = [trial.run for trial in search(matrix, to_tune, part_of_steps, out, execute=check).trials]
+    tries = [run for trial in search(matrix, *to_tune, out, execute=check).trials for run in trial.runs]
     runs = matrix.runs(settings["seeds"], out)
     if not options.tune:
         refuse_changed_options(runs)
@@ -98,9 +98,7 @@ def run(verb: str, arguments: list[str]) -> None:
             refuse_changed_options(runs)
             execute([run for run in runs if not run.finished], workers)
 
-        found = search(
-            matrix, to_tune, part_of_steps, out, lambda tries: train([run for run in tries if not run.failure])
-        )
+        found = search(matrix, *to_tune, out, lambda tries: train([run for run in tries if not run.failure]))
         matrix = found.tuned(matrix)
         runs = matrix.runs(settings["seeds"], out)
         if matrix.start is not None:

@@ -1,5 +1,6 @@
 """A matrix of variants → the runs of a study, all options resolved and checked before any run begins."""
 
+import json
 import math
 import tempfile
 from bisect import bisect_right
@@ -23,7 +24,7 @@ from moepp.training.start import described_in
 PLOTS = ("curves", "tau", "constants", "compute", "frontier")
 # of the values of a matrix, and of its `quick` and `tune`, which take the place of the matrix's own
 VERSION_TYPES = {"base": str, "start": str, "seeds": int, "jobs": int}
-TUNE_TYPES = VERSION_TYPES | {"options": dict, "part_of_steps": (int, float)}
+TUNE_TYPES = VERSION_TYPES | {"options": dict, "part_of_steps": (int, float), "seeds_of_a_try": int}
 TYPES = VERSION_TYPES | {"reference": str, "quick": dict, "sources": dict, "tune": dict, "variants": dict}
 # of a variant; all its other keys are options of the run
 ENTRY_TYPES = {"paper": dict, "plots": list, "ffn_width": int, "noise": (int, float), "flops_of": str}
@@ -112,13 +113,15 @@ class Variant:
         ffn_per_token = fmean(budget.at(step, self.steps, end) for step in range(self.steps))
         return self.tokens * self.training_flops_per_token(ffn_per_token)
 
-    def training_flops(self) -> float:
-        """Of one run, calibration's too."""
-        return self.step_flops() + self.calibration_flops
+    def training_flops(self, steps: int | None = None) -> float:
+        """Of one run, calibration's too; with other `steps` than its own, of which each would cost as much."""
+        part = (steps or self.steps) / self.steps
+        calibration = calibration_tokens(round(part * self.tokens)) * self.calibration_flops_per_token
+        return part * self.step_flops() + calibration
 
     def training_time(self) -> float:
         """Of one run, in micro-batches: calibration takes as many as have its FLOPs."""
-        return self.micro_batches * (1 + self.calibration_flops / self.step_flops())
+        return self.micro_batches * self.training_flops() / self.step_flops()
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,11 @@ class Run:
     @property
     def finished(self) -> bool:
         return (self.folder / "result.json").is_file()
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What it has found, once it is finished."""
+        return json.loads((self.folder / "result.json").read_text())
 
     @property
     def failure(self) -> str | None:
@@ -297,16 +305,10 @@ def with_equal_flops(variants: dict[str, Variant]) -> dict[str, Variant]:
         if own.flops_of is not None:
             target = variants[own.flops_of].training_flops() * (1 + 1e-9)  # sums may be rounded
             most = math.ceil(own.steps * target / own.step_flops())
-            steps = bisect_right(range(1, most + 1), target, key=partial(training_flops_at, own))
+            steps = bisect_right(range(1, most + 1), target, key=own.training_flops)
             own = own.with_options({"trainer.max_steps": max(1, steps)})
         found[name] = own
     return found
-
-
-def training_flops_at(variant: Variant, steps: int) -> float:
-    """Its `training_flops` with so many steps, each of which costs as much; without parsing its options anew."""
-    share, tokens = steps / variant.steps, variant.tokens * steps // variant.steps
-    return share * variant.step_flops() + calibration_tokens(tokens) * variant.calibration_flops_per_token
 
 
 def fit_options(

@@ -68,7 +68,7 @@ def markdown(
     folder = FileSystemLoader(Path(__file__).parent)
     templates = Environment(loader=folder, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     rows = results.variants.reset_index().to_dict("records")
-    commits = by_commit([trial.run for trial in search.trials] + runs)
+    commits = by_commit([run for trial in search.trials for run in trial.runs] + runs)
     of_most = max(commits, key=lambda commit: len(commits[commit]), default="")
     tuned = list(search.trials[0].values) if search.trials else []
     text = templates.get_template("report.md.jinja").render(

@@ -3,7 +3,6 @@
 The report, its CSVs and its plots show these numbers and compute none.
 """
 
-import json
 import math
 import warnings
 from dataclasses import dataclass
@@ -34,8 +33,9 @@ class Results:
             are timings, and stand empty or are missing where there are none; all others are the same on every
             repetition.
         trials: a row for each of the search, if there was one: its variant, values, `loss` on the text chosen by,
-            `training_flops` and `seconds`, or its `failure`; whether its variant took them (`chosen`), and which
-            of these are the least or the most that was tried (`at_the_edge`).
+            the mean of so many `runs`, their `training_flops` and `seconds` in all, or a `failure`; whether its
+            variant took them (`chosen`), and which of these are the least or the most that was tried
+            (`at_the_edge`).
     """
 
     matrix: Matrix
@@ -57,7 +57,7 @@ def read_results(matrix: Matrix, runs: list[Run], search: Search, speeds: dict[s
     rows = []
     for run in finished:
         curves[run.variant.name][run.seed], flops = read_curve(run)
-        rows.append({"training_flops": flops, **json.loads((run.folder / "result.json").read_text())})
+        rows.append({"training_flops": flops, **run.result})
     keys = [(run.variant.name, run.seed) for run in finished]
     by_run = pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(keys, names=["variant", "seed"]))
     rows = [
@@ -76,17 +76,16 @@ def read_trials(search: Search) -> pd.DataFrame:
     for trial in search.trials:
         name = trial.variant.name
         row = {"variant": name, **trial.values, "loss": trial.loss, "chosen": trial is search.best[name]}
-        row["steps"] = trial.run.variant.steps
+        row |= {"steps": trial.steps, "runs": trial.seeds, "failure": trial.failed.failure if trial.failed else ""}
         tried = [other.values for other in search.trials if other.variant is trial.variant]
         for option, value in trial.values.items() if row["chosen"] else ():
             of_option = {values[option] for values in tried}
             if len(of_option) > 1 and value in (min(of_option), max(of_option)):
                 row["at_the_edge"] = f"{row.get('at_the_edge', '')} {option}".strip()
-        row |= {"failure": trial.run.failure or "", "training_flops": math.nan, "seconds": math.nan}
-        if trial.run.finished:
-            row["training_flops"] = read_curve(trial.run)[1]
-            row["seconds"] = json.loads((trial.run.folder / "result.json").read_text())["seconds"]
-        rows.append(row)
+        losses = pd.Series([run.result[FINAL + LOSS] for run in trial.finished], dtype=float)
+        costs = [(read_curve(run)[1], run.result["seconds"]) for run in trial.finished]
+        flops_and_seconds = pd.DataFrame(costs, columns=["training_flops", "seconds"]).sum(min_count=1)
+        rows.append(row | {"loss_sd": losses.std(), **flops_and_seconds})
     return pd.DataFrame(rows)
 
 

@@ -1,6 +1,5 @@
 """The runs of a study, trained: each in a process and a folder of its own, several at once."""
 
-import json
 import os
 import signal
 import subprocess
@@ -139,7 +138,7 @@ def by_commit(runs: list[Run]) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {}
     for run in runs:
         if run.finished:
-            names.setdefault(json.loads((run.folder / "result.json").read_text())["commit"], []).append(run.name)
+            names.setdefault(run.result["commit"], []).append(run.name)
     return names
 
 

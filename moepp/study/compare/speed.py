@@ -4,7 +4,6 @@ Runs of their own, hours apart on a machine that others use, would compare the m
 of a pair alternate, and what counts is the ratio within each round.
 """
 
-import json
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -116,7 +115,7 @@ def trained_model(run: Run, device: torch.device) -> TimedModel:
     """With a batch of training text (held-out batches may be padded), in the precision it was trained in."""
     data = TokenDataModule(**run.variant.options["data"])
     data.setup()
-    precision = json.loads((run.folder / "result.json").read_text())["precision"]
+    precision = run.result["precision"]
     model = TimedModel(run.variant, next(iter(data.train_dataloader())), precision, device)
     checkpoint = last_checkpoint(run.folder)
     assert checkpoint is not None

@@ -136,7 +136,10 @@ def test_what_was_made_is_not_repeated_and_told_apart(
     monkeypatch.setenv("MADE_BY", "def")
     assert main(command(text_file)) == 0
     assert {path: path.stat().st_mtime_ns for path in results} == results
-    assert Path("runs/m-tune/tune/vanilla/lr=0.012,balance_weight=0.3/output.log").read_text() == "diverged\n"
+    assert (
+        Path("runs/m-tune/tune/vanilla/lr=0.012,balance_weight=0.3,seed=1000/output.log").read_text()
+        == "diverged\n"
+    )
     kept = capsys.readouterr().err
     assert kept == f"moepp ablate: {len(results)} runs are kept as commit abc made them\n"
     assert "\n- commit: abc; def made moepp/seed1\n" in Path("runs/m-tune/report/report.md").read_text()
@@ -154,7 +157,7 @@ def test_a_study_stopped_within_its_search_ends_with_the_same_report(
 ) -> None:
     report = Path("runs/m-tune/report")
     undisturbed = {path.name: path.read_bytes() for path in report.iterdir()}
-    for path in (report, *Path("runs/m-tune").glob("*/seed0"), *Path("runs/m-tune/tune").glob("*/*weight=0.01")):
+    for path in (report, *Path("runs/m-tune").glob("*/seed0"), *Path("runs/m-tune/tune").glob("*/*weight=0.01,*")):
         shutil.rmtree(path)
     start, started = Workers.start, []
 
@@ -167,7 +170,8 @@ def test_a_study_stopped_within_its_search_ends_with_the_same_report(
     with monkeypatch.context() as patch:
         patch.setattr(Workers, "start", interrupted)
         assert main(command(text_file)) == 130
-    assert started == ["vanilla/lr=0.006,balance_weight=0.01", "moepp/lr=0.012,balance_weight=0.01"]
+    names = "vanilla/lr=0.006,balance_weight=0.01,seed=1000", "moepp/lr=0.012,balance_weight=0.01,seed=1000"
+    assert started == list(names)
     assert not report.exists()
     assert main(command(text_file)) == 0
     assert {path.name: path.read_bytes() for path in report.iterdir()} == undisturbed
@@ -183,8 +187,10 @@ def test_an_option_all_of_whose_tries_fail_ends_the_study(
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert "vanilla has failed with every value of model.moe.balance_weight, the last time with exit" in error
-        assert "exit code 1: diverged; see runs/m-tune/tune/vanilla/balance_weight=0.3, and remove" in error
-    assert Path("runs/m-tune/tune/vanilla/balance_weight=0.3/output.log").read_text() == "diverged\n"
+        assert (
+            "exit code 1: diverged; see runs/m-tune/tune/vanilla/balance_weight=0.3,seed=1000, and remove" in error
+        )
+    assert Path("runs/m-tune/tune/vanilla/balance_weight=0.3,seed=1000/output.log").read_text() == "diverged\n"
 
 
 def test_a_twin_of_equal_flops_and_what_changes_nothing(there: Path, text_file: Path) -> None:
@@ -239,19 +245,42 @@ def small_matrix() -> Matrix:
 def test_options_are_searched_in_their_order(tmp_path: Path) -> None:
     """With another order the first stage has β beside the recipe's lr."""
     asked: list[list[Run]] = []
-    search(small_matrix(), dict(reversed(OPTIONS.items())), 1.0, tmp_path, asked.append)
+    search(small_matrix(), dict(reversed(OPTIONS.items())), 1.0, 1, tmp_path, asked.append)
     first, second = asked
-    assert {run.folder.name for run in first} == {f"balance_weight={beta},lr=0.003" for beta in (0.01, 0.1, 0.3)}
+    assert {run.folder.name for run in first} == {
+        f"balance_weight={beta},lr=0.003,seed={SEED}" for beta in (0.01, 0.1, 0.3)
+    }
     assert len({run.folder for run in first}) == 6
-    assert {run.folder.name.partition("lr=")[2] for run in second} == {"0.003", "0.006", "0.012"}
+    assert {run.folder.name.partition("lr=")[2].partition(",")[0] for run in second} == {"0.003", "0.006", "0.012"}
 
 
 def test_a_shorter_search(tmp_path: Path) -> None:
     """A quarter of the steps for a try, and all of them for what was found."""
     asked: list[list[Run]] = []
-    found = search(small_matrix(), OPTIONS, 0.25, tmp_path, asked.append)
+    found = search(small_matrix(), OPTIONS, 0.25, 1, tmp_path, asked.append)
     assert {run.options["trainer"]["max_steps"] for stage in asked for run in stage} == {100}
     assert {variant.steps for variant in found.tuned(small_matrix()).variants} == {400}
+
+
+def test_a_try_of_several_seeds_is_judged_by_their_mean(
+    there: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """β = 0.3 is best of all with one seed and worst with another; vanilla fails with one seed at its best β."""
+    fit = FIT.replace("+ tau", "+ tau + {(0.3, 1000): -1, (0.3, 1001): 2}.get((beta, seed), 0)")
+    fit = fit.replace("lr == 0.012 and beta == 0.3", "beta == 0.1 and seed == 1001")
+    monkeypatch.setattr("moepp.study.compare.runs.FIT", [sys.executable, "-c", fit])
+    write_matrix(tune={"jobs": 2, "options": OPTIONS, "seeds_of_a_try": 3})
+    assert main(command(text_file)) == 0
+    report = Path("runs/m-tune/report")
+    trials = pd.read_csv(report / "tune.csv").set_index(["variant", *OPTIONS])
+    assert trials.index[trials.chosen].to_list() == [("vanilla", 0.006, 0.01), ("moepp", 0.012, 0.01)]
+    assert (trials.runs == 3).all()
+    assert trials.loc[("vanilla", 0.006, 0.3), "loss_sd"] == pytest.approx(1.5279, rel=1e-4)
+    assert trials.loc[("vanilla", 0.006, 0.1), ["loss", "seconds"]].to_list() == [math.inf, 4.0]
+    text = (report / "report.md").read_text()
+    assert "from 3 seeds that are not among those above" in text
+    assert "In all 30 runs" in text
+    assert "| vanilla | 0.006 | 0.01 | 400 | 5.9813 ± 0.0010 | chosen" in text
 
 
 @pytest.mark.parametrize(
@@ -266,9 +295,13 @@ def test_a_shorter_search(tmp_path: Path) -> None:
         ({"options": {"model.optim.lr": [0.1, math.nan]}}, "is no option with a list of different numbers"),
         ({"options": {"model.optim.lr": [0.1, 0.1]}}, "is no option with a list of different numbers"),
         ({"options": {"model.optim.lr": [0.1], "model.lr": [0.1]}}, "tune.options: two end alike"),
-        ({"option": OPTIONS}, "tune: unknown key 'option': use base, jobs, options, part_of_steps, seeds, start"),
+        (
+            {"option": OPTIONS},
+            "tune: unknown key 'option': use base, jobs, options, part_of_steps, seeds, seeds_of_a_try",
+        ),
         ({"options": OPTIONS, "part_of_steps": 0}, "tune.part_of_steps: must be above 0 and at most 1"),
         ({"options": OPTIONS, "seeds": "2"}, "tune: seeds: '2' is of the wrong type"),
+        ({"options": OPTIONS, "seeds_of_a_try": 0}, "seeds_of_a_try: must be from 1 to"),
         ({}, "tune.options: None is of the wrong type"),
     ],
 )
