@@ -312,12 +312,7 @@ def with_equal_flops(variants: dict[str, Variant]) -> dict[str, Variant]:
 
 
 def fit_options(
-    base: Path,
-    overrides: list[str],
-    entry: dict[str, Any],
-    start: Start | None,
-    name: str,
-    **last: Any,
+    base: Path, overrides: list[str], entry: dict[str, Any], start: Start | None, name: str, **last: Any
 ) -> dict[str, Any]:
     """What `moepp fit` would run with for a matrix's `entry` of that name; later arguments win."""
     if not base.is_file():

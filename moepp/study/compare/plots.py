@@ -161,7 +161,8 @@ def tau(results: Results) -> plt.Figure | None:
 
 
 def tune(results: Results) -> plt.Figure | None:
-    """Loss against each option that was searched over, by variant: the best with each of its values."""
+    """Loss against each option that was searched over, by variant: the best with each of its values, and its s.d.
+    over seeds."""
     trials = results.trials
     options = [name for name in trials.columns if "." in name]
     if not options:
@@ -170,7 +171,9 @@ def tune(results: Results) -> plt.Figure | None:
     for axes, option in zip(panels[0], options, strict=True):
         for colour, (name, tried) in zip(cycle(COLOURS), trials.groupby("variant", sort=False), strict=False):
             chosen = tried[tried.chosen].iloc[0]
-            axes.plot(tried.groupby(option)["loss"].min(), color=colour, marker="o", markersize=4, label=name)
+            best = tried.sort_values("loss").drop_duplicates(option).set_index(option).sort_index()
+            style: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 4, "capsize": 3}
+            axes.errorbar(best.index, best.loss, best.loss_sd, label=name, **style)
             axes.plot(chosen[option], chosen.loss, color=colour, marker="*", markersize=13)
         if trials[option].min() > 0:
             axes.set_xscale("log")
@@ -178,5 +181,5 @@ def tune(results: Results) -> plt.Figure | None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(option)
     panels[0, 0].set_ylabel("loss on the text chosen by (nats per token)")
-    panels[0, 0].legend(title="★: chosen")
+    panels[0, 0].legend(title="★: chosen; bars: s.d. over seeds")
     return figure
