@@ -17,6 +17,7 @@ MATRICES = {
     "ablate.yaml",
     "convert.yaml",
     "frontier.yaml",
+    "more_beta.yaml",
     "more_compute.yaml",
     "precision.yaml",
 }  # of recipes; tests/study has their tests

@@ -12,6 +12,9 @@ from moepp.system.files import differences
 from moepp.training.checkpoint import checkpoint_of, write_checkpoint
 from tests.conftest import RECIPES
 
+# what MoE++ has and vanilla MoE has not
+SWITCHES = {f"model.moe.{key}" for key in ("n_zero", "n_copy", "n_const", "gating_residual", "ffn_budget")}
+
 
 def load(name: str, overrides: list[str] | None = None) -> Matrix:
     contents = read_matrix(RECIPES / name)
@@ -63,8 +66,7 @@ def test_compare_is_vanilla_against_the_recipe_with_overrides_in_both() -> None:
         assert (variant.steps, variant.moe.n_ffn) == (6 if variant is shorter else 7, 4)
         assert variant.options["data"]["vocab_size"] == 8192
     changed = {key for key, *_ in differences(vanilla.options, moepp.options)}
-    switches = ("n_zero", "n_copy", "n_const", "gating_residual", "ffn_budget")
-    assert changed == {f"model.moe.{key}" for key in switches}
+    assert changed == SWITCHES
     assert list(differences(vanilla.options, shorter.options)) == [("trainer.max_steps", 7, 6)]
 
 
@@ -72,6 +74,8 @@ def test_what_asks_about_one_thing_changes_one_thing() -> None:
     vanilla, even, moepp, dense = load("more_compute.yaml").variants
     assert list(differences(vanilla.options, even.options)) == [("model.moe.balance_weight", 0.003, 0.01)]
     assert list(differences(moepp.options, dense.options)) == [("model.moe.ffn_budget", 1.2, 1.9)]
+    vanilla, moepp = load("more_beta.yaml").variants
+    assert {key for key, *_ in differences(vanilla.options, moepp.options)} == SWITCHES
     in_float32, in_bf16 = load("precision.yaml").variants
     changed = [("trainer.precision", "32-true", "bf16-mixed")]
     assert list(differences(in_float32.options, in_bf16.options)) == changed

@@ -254,7 +254,8 @@ def test_a_search_is_drawn_on_a_scale_that_has_its_values(
 ) -> None:
     results, _ = results_of(tmp_path, {"vanilla": [5.0]})
     trials = pd.DataFrame({"variant": "vanilla", "model.moe.balance_weight": values, "loss": [5.0, 4.9, 5.1]})
-    figure = plots.tune(replace(results, trials=trials.assign(chosen=[False, True, False])))
+    trials = trials.assign(chosen=[False, True, False], loss_sd=0.01)
+    figure = plots.tune(replace(results, trials=trials))
     assert figure is not None
     (axes,) = figure.axes
     assert axes.get_xscale() == scale
@@ -262,6 +263,11 @@ def test_a_search_is_drawn_on_a_scale_that_has_its_values(
     low, high = axes.get_xlim()
     assert [label.get_text() for label in axes.get_xticklabels()] == [f"{value:g}" for value in values]
     assert low <= min(values) < max(values) <= high
+    bars = axes.containers[0].lines[2][0].get_segments()
+    assert [end.tolist() for end in bars[1]] == [
+        [values[1], pytest.approx(4.89)],
+        [values[1], pytest.approx(4.91)],
+    ]
 
 
 # ---- differences against values worked out by hand ---------------------------------------------------------
